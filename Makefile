@@ -1,0 +1,32 @@
+# One place for every command. PYTHON is any Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: run test check format clean bench ci-faults faults ci-integration install
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml .ci/venv
+	@PYTHON=$(PYTHON) .ci/venv $(VENV) '.[embedded,test,dev]'
+	@touch $@
+
+run: $(STAMP)  ## a private PostgreSQL, a local DynamoDB and the sidecar in dual_write
+	@$(BIN)/sidecar dev
+
+check: $(STAMP)  ## format, lint, types, layers
+	$(BIN)/ruff format --check sidecar tests benchmarks
+	$(BIN)/ruff check sidecar tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format sidecar tests benchmarks
+	$(BIN)/ruff check --fix sidecar tests benchmarks
+
+test: check  ## everything that needs no root: at most 8 minutes
+	$(BIN)/pytest -m 'not root'
+
+clean:
+	rm -rf $(VENV) .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

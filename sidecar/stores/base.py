@@ -1,0 +1,177 @@
+"""The port that every store implements; one contract test defines it (``tests/stores/test_contract.py``).
+
+A store holds a subset of the grow-only set of records. It never updates or deletes a log row. Opening a store does
+not connect: a sidecar must accept records while a database is down.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from sidecar.errors import RetryClass
+from sidecar.phase import StoreName
+from sidecar.record import LogRecord
+
+
+@dataclass(frozen=True, slots=True)
+class WriteLimits:
+    """What one ``write`` call may carry and how many calls may be under way."""
+
+    max_records: int
+    max_bytes: int  # sum of the records' stored sizes, bytes
+    max_in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One record of a batch that was not stored; ``reason`` names no value of the record."""
+
+    index: int
+    retry_class: RetryClass
+    reason: str
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """Every record of the batch that ``failures`` does not name is stored, now or before (a duplicate is success).
+
+    ``consumed`` is DynamoDB's consumed write capacity units by target (table or index name), where reported.
+    """
+
+    failures: Sequence[Failure] = ()
+    consumed: tuple[tuple[str, float], ...] = ()
+
+
+class Position(NamedTuple):
+    """A place in the order of every answer: newest first, equal times by id, both descending."""
+
+    log_timestamp: int  # microseconds since the epoch
+    log_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ByApplication:
+    """R1: all records of one application (specification L22)."""
+
+    application_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ByService:
+    """R2: one service, both ends inclusive, microseconds since the epoch (specification L23)."""
+
+    service_name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ByCorrelation:
+    """R5: all records with one correlation id (specification L593)."""
+
+    correlation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorsOn:
+    """R3: records with is_success false of one UTC day; ``day`` is days since the epoch (specification L25)."""
+
+    day: int
+
+
+Query = ByApplication | ByService | ByCorrelation | ErrorsOn
+
+
+@dataclass(frozen=True, slots=True)
+class CountQuery:
+    """R4: how many records, start and end inclusive, microseconds since the epoch; None means any."""
+
+    start: int
+    end: int
+    service_name: str | None = None
+    is_success: bool | None = None
+
+
+class ScanEntry(NamedTuple):
+    """What a consistency scan yields per record: enough to compare two stores exactly."""
+
+    log_timestamp: int
+    log_id: str
+    digest: bytes  # record.digest of what the store holds
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of a preflight: what was looked at, what was seen, what is required."""
+
+    name: str
+    ok: bool
+    observed: str
+    required: str
+
+
+class Store(Protocol):
+    """A place where records end up.
+
+    Every method raises ``StoreError`` with a retry class and nothing else; the driver's errors are translated by one
+    table per store. All are safe to call concurrently.
+    """
+
+    @property
+    def name(self) -> StoreName:
+        """Which store of the phase table this is."""
+        ...
+
+    @property
+    def limits(self) -> WriteLimits:
+        """Bounds of one ``write`` call; the shipper keeps to them, the store checks them."""
+        ...
+
+    async def write(self, batch: Sequence[LogRecord]) -> WriteResult:
+        """Store a batch; idempotent by log_id; never overwrites other content where the store can tell.
+
+        No id twice in one batch. Raises StoreError when nothing is known of any record (the call may have been
+        applied: repeat it): PERMANENT or UNKNOWN mean that some record of the batch, unknown which, was refused
+        (bisect); the other classes concern the store as a whole.
+        """
+        ...
+
+    async def put_if_absent(self, batch: Sequence[LogRecord]) -> Sequence[bool]:
+        """For backfill and repair: store only ids that are not there; True where this call stored it.
+
+        Never overwrites, whatever else is written meanwhile.
+        """
+        ...
+
+    async def get(self, log_id: str) -> LogRecord | None:
+        """Strongly consistent read by id; None means that the store answered and has none."""
+        ...
+
+    async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
+        """Up to ``limit`` records strictly after ``before`` in the order of Position (descending), newest first."""
+        ...
+
+    async def count(self, query: CountQuery) -> int:
+        """Exact number by complete enumeration (eventually consistent in DynamoDB)."""
+        ...
+
+    def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+        """All records with start <= log_timestamp < end (microseconds), ascending by (time, id); bounded memory."""
+        ...
+
+    async def ping(self) -> None:
+        """Cheapest call that proves that a write could succeed (table there, permission given); else StoreError."""
+        ...
+
+    async def create(self) -> Sequence[str]:
+        """Create what is missing (table, indexes, fleet tables); returns what was done; idempotent."""
+        ...
+
+    async def check(self) -> Sequence[Check]:
+        """Compare what is there with what is needed: table, keys, indexes, uniqueness, warnings."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections; idempotent, bounded in time."""
+        ...
