@@ -1,0 +1,330 @@
+"""When to send, how much, and how long to wait: pure decisions, no I/O, time passed in (seconds, monotonic).
+
+``Pace`` is the one regulator that a shipper asks before each call and tells about each answer. It joins
+
+* the **state** of a store: ``up``, ``throttled``, ``down``, ``blocked``, ``paused``, with a reason and a since,
+* the **back-off** with full jitter while it is down (no attempt limit, no age limit: semantics, section 5),
+* the **in-flight limit**: additive increase, multiplicative decrease (AIMD), and
+* the **rate**: without bound while nothing limits; learnt from the delivered rate when the store throttles; a slow
+  start after an outage, so that a recovering store sees a tenth of the steady rate in the first second at most.
+
+Invariants
+----------
+1. While down or blocked at most one call is under way: the probe.
+2. Answers of calls begun before the state last changed do not change it again (one outage = one back-off step, however
+   many calls fail with it), except that a success is always believed.
+3. A throttle never counts as an attempt.
+4. ``permit`` never returns more than the rate allows, and at least one record when it returns anything.
+"""
+
+import math
+import random
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from sidecar import settings
+
+
+class State(StrEnum):
+    """What delivery to a store is doing."""
+
+    UP = "up"
+    THROTTLED = "throttled"  # up, but it told us to slow down within the last seconds
+    DOWN = "down"  # transient trouble: backing off
+    BLOCKED = "blocked"  # nothing gets through until somebody mends it: probing
+    PAUSED = "paused"  # by an operator
+
+
+_FIRST_RATE: Final = 500.0  # records/s after an outage when no steady rate is known yet
+_SHORT_OUTAGE: Final = 5.0  # seconds; shorter ones start again at a quarter instead of 1/32
+_GROWTH_PERIOD: Final = 0.5  # seconds per doubling of the slow start
+_THROTTLE_BACK: Final = 0.85  # of the delivered rate when throttled
+_THROTTLE_GROWTH: Final = 0.05  # of the learnt rate per second, while below the knee
+_THROTTLE_HOLD: Final = 1.0  # seconds between two cuts: one burst of answers is one event
+_FREE_AFTER: Final = 30.0  # seconds without a throttle, and then the learnt rate grows freely
+_WINDOW: Final = 2.0  # seconds over which the delivered rate is measured
+
+
+class Backoff:
+    """Full jitter: uniform in (0, min(cap, base * 2^n)], never shorter than a tenth of the base."""
+
+    def __init__(self, base: float, cap: float, rng: random.Random) -> None:
+        self._base = max(base, 0.001)
+        self._cap = max(cap, self._base)
+        self._rng = rng
+        self.failures = 0
+
+    def next(self) -> float:
+        """Seconds to wait after one more failure."""
+        ceiling = min(self._cap, self._base * 2 ** min(self.failures, 30))
+        self.failures += 1
+        return max(self._base / 10, self._rng.uniform(0, ceiling))
+
+    def reset(self) -> None:
+        """Forget the failures: the store answered."""
+        self.failures = 0
+
+
+class Throughput:
+    """Records per second over the last two seconds, and the best two-second rate seen before the last outage."""
+
+    def __init__(self) -> None:
+        self._events: deque[tuple[float, int]] = deque()
+        self._sum = 0
+        self.steady = 0.0
+
+    def add(self, now: float, n: int) -> None:
+        """Note ``n`` delivered records."""
+        self._events.append((now, n))
+        self._sum += n
+        self.steady = max(self.rate(now), self.steady * 0.999)
+
+    def rate(self, now: float) -> float:
+        """Records per second, now."""
+        while self._events and self._events[0][0] < now - _WINDOW:
+            self._sum -= self._events.popleft()[1]
+        if not self._events:
+            return 0.0
+        return self._sum / max(now - self._events[0][0], _WINDOW / 4)
+
+
+class Rate:
+    """A token bucket whose rate is unbounded, learnt from throttling, starting slowly, or set by hand."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.manual: float | None = None
+        self._learnt = math.inf  # records/s
+        self._starting = False
+        self._knee = math.inf  # the rate at which the store last throttled
+        self._tokens = 0.0
+        self._filled_at = 0.0
+        self._last_cut = -math.inf
+
+    @property
+    def current(self) -> float:
+        """Records per second that may be sent now; ``inf`` where nothing limits."""
+        return self._learnt if self.manual is None else min(self._learnt, self.manual)
+
+    def throttled(self, now: float, delivered: float) -> None:
+        """The store asked us to slow down while ``delivered`` records/s got through."""
+        if now - self._last_cut < _THROTTLE_HOLD:
+            return
+        self._last_cut = now
+        self._starting = False
+        observed = max(delivered, 1.0)
+        self._knee = observed
+        self._learnt = max(1.0, min(self._learnt, observed) * _THROTTLE_BACK)
+        self._tokens = min(self._tokens, 0.0)
+
+    def recovered(self, now: float, steady: float, outage: float) -> None:
+        """The first success after ``outage`` seconds: start slowly towards what was steady."""
+        share = 1 / 32 if outage >= _SHORT_OUTAGE else 1 / 4
+        base = steady if steady > 0 else _FIRST_RATE * 32
+        self._learnt = max(1.0, base * share * self._rng.uniform(0.7, 1.0))
+        self._starting = True
+        self._knee = math.inf
+        self._tokens = 0.0
+        self._filled_at = now
+
+    def grow(self, now: float, delivered: float) -> None:
+        """Let the rate rise with time; called with every success."""
+        dt = now - self._filled_at
+        if self._learnt == math.inf or dt <= 0:
+            return
+        if self._starting or now - self._last_cut > _FREE_AFTER:
+            self._learnt *= 2 ** (min(dt, 1.0) / _GROWTH_PERIOD)
+            if self._learnt > max(4 * delivered, 1e6):
+                self._learnt = math.inf
+                self._starting = False
+        elif self._learnt < self._knee:
+            self._learnt += _THROTTLE_GROWTH * self._knee * min(dt, 1.0)
+        else:
+            self._learnt += _THROTTLE_GROWTH / 2 * self._knee * min(dt, 1.0)
+
+    def take(self, now: float, wanted: int, delivered: float) -> int:
+        """How many of ``wanted`` records may go now; 0 means wait ``delay``."""
+        self.grow(now, delivered)
+        rate = self.current
+        if rate == math.inf:
+            self._filled_at = now
+            return wanted
+        burst = max(1.0, rate / 10)
+        self._tokens = min(burst, self._tokens + rate * max(0.0, now - self._filled_at))
+        self._filled_at = now
+        n = min(wanted, int(self._tokens))
+        self._tokens -= n
+        return n
+
+    def give_back(self, n: int) -> None:
+        """Records that were permitted but not sent after all."""
+        if self.current != math.inf:
+            self._tokens += n
+
+    def delay(self, wanted: int = 1) -> float:
+        """Seconds until ``take`` gives a useful share of ``wanted``."""
+        rate = self.current
+        if rate == math.inf:
+            return 0.0
+        useful = min(float(wanted), max(1.0, rate / 20))
+        return min(1.0, max(0.001, (useful - self._tokens) / rate))
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Permission for one call; carries the state's generation so that late answers are read right."""
+
+    records: int
+    generation: int
+    probe: bool
+
+
+class Pace:
+    """The regulator of one store (see the module's invariants)."""
+
+    def __init__(self, config: settings.Retry, max_in_flight: int, rng: random.Random, now: float) -> None:
+        self._config = config
+        self._rng = rng
+        self._backoff = Backoff(config.delay, config.max_delay, rng)
+        self._max_in_flight = max_in_flight
+        self._limit = float(max_in_flight)
+        self.rate = Rate(rng)
+        self.throughput = Throughput()
+        self.in_flight = 0
+        self._generation = 0
+        self._trouble: State = State.UP
+        self.reason = ""
+        self.since = now
+        self._retry_at = 0.0
+        self._down_since: float | None = None
+        self._throttled_at = -math.inf
+        self._probing = False
+        self.paused_by: str | None = None
+        self._last_cut = -math.inf
+
+    def configure(self, config: settings.Retry) -> None:
+        """Take new live settings (hot reload)."""
+        if config != self._config:
+            failures = self._backoff.failures
+            self._config = config
+            self._backoff = Backoff(config.delay, config.max_delay, self._rng)
+            self._backoff.failures = failures
+
+    def state(self, now: float) -> State:
+        """What delivery is doing now."""
+        if self.paused_by is not None:
+            return State.PAUSED
+        if self._trouble is State.UP and now - self._throttled_at < _FREE_AFTER:
+            return State.THROTTLED
+        return self._trouble
+
+    @property
+    def limit(self) -> int:
+        """Calls that may be under way."""
+        return 1 if self._trouble is not State.UP else max(1, int(self._limit))
+
+    def pause(self, by: str, reason: str, now: float) -> None:
+        """Stop sending (what is under way finishes)."""
+        self.paused_by, self.reason, self.since = by, reason, now
+
+    def resume(self, now: float) -> None:
+        """Go on; also asks a blocked or waiting store at once."""
+        self.paused_by = None
+        self._retry_at = now
+        self.since = now
+        if self._trouble is State.UP:
+            self.reason = ""
+
+    def permit(self, wanted: int, now: float) -> Ticket | None:
+        """A ticket for up to ``wanted`` records, or None: then ask again after ``delay`` or the next answer."""
+        if self.paused_by is not None or self.in_flight >= self.limit:
+            return None
+        if self._trouble is not State.UP:
+            if self._probing or now < self._retry_at:
+                return None
+            self._probing = True
+            self.in_flight += 1
+            # A blocked store is probed with one record: a brake's cause must not cost a whole batch.
+            return Ticket(1 if self._trouble is State.BLOCKED else min(wanted, 25), self._generation, probe=True)
+        n = self.rate.take(now, wanted, self.throughput.rate(now))
+        if n == 0:
+            return None
+        self.in_flight += 1
+        return Ticket(n, self._generation, probe=False)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """The call was not made after all."""
+        self.in_flight -= 1
+        if ticket.probe:
+            self._probing = False
+        else:
+            self.rate.give_back(ticket.records)
+
+    def delay(self, wanted: int, now: float) -> float | None:
+        """Seconds until ``permit`` may say yes by the passing of time alone; None: only an answer can change it."""
+        if self.paused_by is not None or self.in_flight >= self.limit or self._probing:
+            return None
+        if self._trouble is not State.UP:
+            return max(0.0, self._retry_at - now)
+        return self.rate.delay(wanted)
+
+    def _ended(self, ticket: Ticket) -> None:
+        self.in_flight -= 1
+        if ticket.probe:
+            self._probing = False
+
+    def succeeded(self, ticket: Ticket, delivered: int, now: float) -> None:
+        """The store answered and took ``delivered`` records of the call."""
+        self._ended(ticket)
+        if self._trouble is not State.UP:
+            outage = now - (self._down_since if self._down_since is not None else now)
+            self.rate.recovered(now, self.throughput.steady, outage)
+            self._limit = max(1.0, self._max_in_flight / 4)
+            self._enter(State.UP, "", now)
+            self._down_since = None
+            self._backoff.reset()
+        if delivered:
+            self.throughput.add(now, delivered)
+        if now - self._throttled_at > 1.0:
+            self._limit = min(float(self._max_in_flight), self._limit + 1 / max(1.0, self._limit))
+
+    def throttled(self, ticket: Ticket, delivered: int, reason: str, now: float) -> None:
+        """The store took ``delivered`` records and asked us to slow down."""
+        self.succeeded(ticket, delivered, now)
+        self._throttled_at = now
+        self.reason = reason
+        self.rate.throttled(now, self.throughput.rate(now))
+        if now - self._last_cut >= _THROTTLE_HOLD:
+            self._last_cut = now
+            self._limit = max(1.0, self._limit / 2)
+
+    def failed(self, ticket: Ticket, state: State, reason: str, now: float) -> None:
+        """The call failed for reasons of the store: ``State.DOWN`` or ``State.BLOCKED``."""
+        self._ended(ticket)
+        if ticket.generation != self._generation and not (state is State.BLOCKED and self._trouble is State.DOWN):
+            return
+        self.trouble(state, reason, now)
+
+    def trouble(self, state: State, reason: str, now: float) -> None:
+        """Enter or stay in a bad state, and set the time of the next probe."""
+        if self._down_since is None:
+            self._down_since = now
+        wait = self._config.probe_interval if state is State.BLOCKED else self._backoff.next()
+        self._retry_at = now + wait
+        if state is not self._trouble or reason != self.reason:
+            self._enter(state, reason, now)
+        else:
+            self._generation += 1
+
+    def _enter(self, state: State, reason: str, now: float) -> None:
+        self._generation += 1
+        if state is not self._trouble:
+            self.since = now
+        self._trouble = state
+        self.reason = reason
+
+    def down_for(self, now: float) -> float:
+        """Seconds since the store last took anything while in trouble; 0 while up."""
+        return 0.0 if self._down_since is None else now - self._down_since
