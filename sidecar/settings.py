@@ -46,7 +46,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """A section of config.yaml."""
 
 
-class Listen(_Section):
+class Listen(_Section, frozen=True):
     """Where the sidecar listens."""
 
     app: str = "127.0.0.1:8080"  # host:port, or unix:/path for a unix socket
@@ -58,41 +58,41 @@ class Listen(_Section):
     hosts: tuple[str, ...] = ()  # Host names accepted besides localhost, 127.0.0.1 and [::1]
 
 
-class Ingest(_Section):
+class Ingest(_Section, frozen=True):
     """Bounds at the door."""
 
     max_body_bytes: Bytes = 10 * MIB  # after decompression
     max_records: Annotated[int, msgspec.Meta(ge=1)] = 10_000  # per request
-    max_record_bytes: Annotated[int, msgspec.Meta(ge=1024, le=350 * KIB)] = 256 * KIB
+    max_record_bytes: Annotated[int, msgspec.Meta(ge=1024, le=350 * KIB, title="bytes")] = 256 * KIB
     max_depth: Annotated[int, msgspec.Meta(ge=4, le=500)] = 64
     max_future: Seconds = 24 * 3600.0  # a log_timestamp further ahead is refused
     max_wait: Seconds = 30.0  # upper bound of `Prefer: wait=`
     ack: Literal["durable", "stores"] = "durable"  # stores = every request waits as with Prefer: wait=max_wait
 
 
-class Dedup(_Section):
+class Dedup(_Section, frozen=True):
     """The window in which a resend is recognised here, before it reaches a store."""
 
     max_ids: Count = 100_000
     window: Seconds = 600.0
 
 
-class Spool(_Section):
+class Spool(_Section, frozen=True):
     """The durable buffer on local disk."""
 
     directory: str = "/var/lib/sidecar/spool"
-    cap_bytes: Annotated[int, msgspec.Meta(ge=16 * MIB)] = GIB
+    cap_bytes: Annotated[int, msgspec.Meta(ge=16 * MIB, title="bytes")] = GIB
     ballast_bytes: Bytes = 32 * MIB  # unlinked on a full disk so that drains go on
     high_watermark: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9  # of the cap: push back above
     low_watermark: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8  # accept again below
     tail_cache_bytes: Bytes = 8 * MIB
-    checkpoint_bytes: Annotated[int, msgspec.Meta(ge=256 * KIB)] = 2 * MIB
+    checkpoint_bytes: Annotated[int, msgspec.Meta(ge=256 * KIB, title="bytes")] = 2 * MIB
     dead_letter_share: Annotated[float, msgspec.Meta(gt=0, le=0.5)] = 0.1  # of the cap, per store
     refused_share: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.02  # of the cap, for records refused at the door
     allow_volatile: bool = False  # accept tmpfs, overlay or NFS as the spool's file system
 
 
-class Retry(_Section):
+class Retry(_Section, frozen=True):
     """How delivery tries again (specification L386-387)."""
 
     attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3  # for answers of unknown meaning only
@@ -102,7 +102,7 @@ class Retry(_Section):
     fk_grace: Seconds = 900.0  # how long a missing parent row (23503) may still appear
 
 
-class Postgres(_Section):
+class Postgres(_Section, frozen=True):
     """The PostgreSQL store."""
 
     host: str = "127.0.0.1"
@@ -122,10 +122,10 @@ class Postgres(_Section):
     read_connections: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2
     pgbouncer: bool = False  # transaction pooling: no prepared statements that outlive a transaction
     batch_records: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000
-    batch_bytes: Annotated[int, msgspec.Meta(ge=350 * KIB)] = 4 * MIB
+    batch_bytes: Annotated[int, msgspec.Meta(ge=350 * KIB, title="bytes")] = 4 * MIB
 
 
-class DynamoDB(_Section):
+class DynamoDB(_Section, frozen=True):
     """The DynamoDB store. Credentials come from the standard AWS chain (IRSA, Pod Identity, environment)."""
 
     table: str = "integration_logs"
@@ -140,7 +140,7 @@ class DynamoDB(_Section):
     ttl_days: Annotated[int, msgspec.Meta(ge=1)] | None = None  # counted from log_timestamp, never from write time
 
 
-class Phases(_Section):
+class Phases(_Section, frozen=True):
     """Which phase is wanted, and how it may change."""
 
     max_lag: Seconds = 60.0
@@ -149,13 +149,13 @@ class Phases(_Section):
     min_shadow_reads: Count = 0
 
 
-class Control(_Section):
+class Control(_Section, frozen=True):
     """Who may change anything."""
 
     token_file: str | None = None  # None: mutations are off, not open
 
 
-class Reads(_Section):
+class Reads(_Section, frozen=True):
     """Who may read, and how much at once."""
 
     token_file: str | None = None
@@ -168,14 +168,14 @@ class Reads(_Section):
     shadow_probe: Seconds = 60.0  # a read of its own where applications only write; 0 = off
 
 
-class Drain(_Section):
+class Drain(_Section, frozen=True):
     """What SIGTERM does."""
 
     timeout: Seconds = 25.0
     stop_accepting_before: Seconds = 5.0  # of the deadline: an application may still write its last lines
 
 
-class Fleet(_Section):
+class Fleet(_Section, frozen=True):
     """How instances move together."""
 
     enabled: bool = False
@@ -183,19 +183,19 @@ class Fleet(_Section):
     fence_after: Seconds = 120.0
 
 
-class Reload(_Section):
+class Reload(_Section, frozen=True):
     """How a changed configuration file is noticed."""
 
-    poll: Annotated[float, msgspec.Meta(gt=0, le=60)] = 1.0  # seconds
+    poll: Annotated[float, msgspec.Meta(gt=0, le=60, title="seconds")] = 1.0  # how often the file is looked at
 
 
-class Logging(_Section):
+class Logging(_Section, frozen=True):
     """The sidecar's own log: JSON, one line each, never a payload."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Assertions(_Section):
+class Assertions(_Section, frozen=True):
     """The specification's flags (L371-382). They assert: a contradiction with the phase's row is refused."""
 
     writes_to_sql: bool | None = None
@@ -204,7 +204,7 @@ class Assertions(_Section):
     reads_from_dynamodb: bool | None = None
 
 
-class Settings(_Section):
+class Settings(_Section, frozen=True):
     """The whole configuration, frozen."""
 
     phase: Phase = Phase.SQL_ONLY
