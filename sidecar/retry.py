@@ -307,6 +307,16 @@ class Pace:
             return
         self.trouble(state, reason, now)
 
+    def blame(self, ticket: Ticket, reason: str, now: float) -> None:
+        """The store answered, but what it answered is the store's fault and not the records': blocked."""
+        self._ended(ticket)
+        self.trouble(State.BLOCKED, reason, now)
+
+    def restart(self) -> None:
+        """A new run of the shipper: no call is under way."""
+        self.in_flight = 0
+        self._probing = False
+
     def trouble(self, state: State, reason: str, now: float) -> None:
         """Enter or stay in a bad state, and set the time of the next probe."""
         if self._down_since is None:
