@@ -295,8 +295,9 @@ class Expander:
     """Puts the environment's values in place of ``${VAR}`` and ``${VAR:-default}``; ``$${`` is a literal ``${``.
 
     ``:-`` takes the default where the variable is unset or empty. A value that came in is not expanded again, and
-    because scalars are expanded after parsing it can never become structure. All results of one configuration
-    together are at most ``MAX_BYTES`` characters.
+    because scalars are expanded after parsing it can never become structure. A result that is empty states nothing
+    (null), quoted or not; a variable that happens to hold ``null`` is a text. All results of one configuration together
+    are at most ``MAX_BYTES`` characters.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -322,7 +323,8 @@ class Expander:
                 )
             end = match.end()
         parts.append(scalar.text[end:])
-        return Scalar("".join(parts), plain=scalar.plain, where=scalar.where)
+        text = "".join(parts)
+        return Scalar(text, plain=not text, where=scalar.where)
 
     def _value(self, match: re.Match[str], setting: str, where: str) -> str:
         name, default = match.groups()

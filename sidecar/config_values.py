@@ -247,7 +247,7 @@ _READERS: Final[Mapping[type[inspect.Type], Callable[[str, Any, Unit], object]]]
         inspect.FloatType: _read_float,
         inspect.IntType: _read_int,
         inspect.LiteralType: _read_choice,
-        inspect.StrType: lambda text, _kind, _unit: text,
+        inspect.StrType: lambda text, _kind, _unit: text or None,
     }
 )
 
@@ -281,8 +281,10 @@ _DESCRIPTIONS: Final[Mapping[type[inspect.Type], Callable[[Any, Unit], str]]] = 
         inspect.FloatType: lambda kind, unit: _NUMBERS[unit or inspect.FloatType] + _bounds(kind, unit),
         inspect.IntType: lambda kind, unit: _NUMBERS[unit or inspect.IntType] + _bounds(kind, unit),
         inspect.LiteralType: lambda kind, _unit: "one of " + ", ".join(str(value) for value in kind.values),
-        inspect.StrType: lambda kind, _unit: "a text" + (f" matching {kind.pattern}" if kind.pattern else ""),
-        inspect.VarTupleType: lambda kind, _unit: f"a list, each {_describe(kind.item_type, '')}",
+        inspect.StrType: lambda kind, _unit: (
+            "a text that is not empty" + (f", matching {kind.pattern}" if kind.pattern else "")
+        ),
+        inspect.VarTupleType: lambda kind, _unit: f"a list; each item {_describe(kind.item_type, '')}",
     }
 )
 
@@ -315,10 +317,10 @@ def show(value: object, unit: Unit = "") -> str:
         for name, scale in scales:
             if value and round(value / scale) * scale == value:
                 return f"{round(value / scale)}{name}"
-        return f"{value:g}s" if unit == "seconds" else str(value)
+        return repr(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(show(item) for item in value) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value)
 
 
 def _shape(node: Node) -> str:

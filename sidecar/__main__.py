@@ -1,0 +1,161 @@
+"""The command line: one table of verbs, exit codes that a script can rely on, errors in one line.
+
+EXIT CODES
+
+====  =====================================================================================================
+0     done; for ``serve`` also a graceful stop
+1     the verb ran and its answer is no (a divergence was found, a check failed)
+2     the command line or the configuration is wrong: nothing was started
+3     the spool is refused: held by another sidecar, on a volatile file system, of a newer schema
+4     the spool failed: EIO or a failed fsync; a restart recovers
+5     a store could not be reached or refused
+130   interrupted from the keyboard
+====  =====================================================================================================
+
+A verb is one row of ``VERBS``: its name, one line of help, its arguments and the function that runs it. The parts
+that need drivers are imported when their verb runs, so that ``validate-config`` works where nothing else does.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+import uvloop
+
+from sidecar import __version__
+from sidecar.config import DEFAULT_PATH, Loaded, load, render
+from sidecar.errors import (
+    ConfigError,
+    SidecarError,
+    SpoolFailed,
+    SpoolLocked,
+    SpoolRefused,
+    StoreError,
+)
+
+EXIT_CODES: Final[Mapping[type[SidecarError], int]] = MappingProxyType(
+    {ConfigError: 2, SpoolLocked: 3, SpoolRefused: 3, SpoolFailed: 4, StoreError: 5}
+)
+EXIT_NEGATIVE: Final = 1
+EXIT_INTERRUPTED: Final = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One word after ``sidecar``."""
+
+    name: str
+    summary: str
+    run: Callable[[argparse.Namespace], int]
+    arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def _with_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="PATH",
+        default=os.environ.get("SIDECAR_CONFIG") or DEFAULT_PATH,
+        help="configuration file; default: $SIDECAR_CONFIG or " + DEFAULT_PATH,
+    )
+
+
+def _without_arguments(_parser: argparse.ArgumentParser) -> None:
+    """Nothing after the verb."""
+
+
+def _load(args: argparse.Namespace) -> Loaded:
+    loaded = load(args.config, os.environ)
+    for warning in loaded.warnings:
+        print(f"sidecar: warning: {warning}", file=sys.stderr)  # noqa: T201  (the command line speaks by printing)
+    return loaded
+
+
+def _run(main: Coroutine[Any, Any, int]) -> int:
+    return uvloop.run(main)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from sidecar import app  # noqa: PLC0415  (drivers are imported only by the verbs that use them)
+
+    return _run(app.serve(_load(args)))
+
+
+def _dev(args: argparse.Namespace) -> int:
+    from sidecar.embedded import dev  # noqa: PLC0415  (never in the production image)
+
+    return _run(dev.run(args))
+
+
+def _init_stores(args: argparse.Namespace) -> int:
+    from sidecar import app  # noqa: PLC0415  (as above)
+
+    return _run(app.init_stores(_load(args)))
+
+
+def _validate_config(args: argparse.Namespace) -> int:
+    loaded = _load(args)
+    print(f"{loaded.path}: good, phase {loaded.settings.phase.label}, sha256 {loaded.digest}")  # noqa: T201  (its answer)
+    return 0
+
+
+def _print_config(args: argparse.Namespace) -> int:
+    sys.stdout.write(render(_load(args).settings))
+    return 0
+
+
+def _version(_args: argparse.Namespace) -> int:
+    print(f"sidecar {__version__}")  # noqa: T201  (its answer)
+    return 0
+
+
+VERBS: Final[Sequence[Verb]] = (
+    Verb("serve", "accept, store and deliver records until SIGTERM", _serve, _with_config),
+    Verb("dev", "a private PostgreSQL, a local DynamoDB and the sidecar between them", _dev, _without_arguments),
+    Verb(
+        "validate-config",
+        "read the configuration as serve would, and say what is wrong",
+        _validate_config,
+        _with_config,
+    ),
+    Verb("print-config", "every setting in force, secrets masked", _print_config, _with_config),
+    Verb("init-stores", "create the tables and indexes that are missing", _init_stores, _with_config),
+    Verb("version", "the version of this program", _version, _without_arguments),
+)
+
+
+def build_parser(verbs: Sequence[Verb] = VERBS) -> argparse.ArgumentParser:
+    """The parser of the whole command line; a usage error exits with 2, as argparse does."""
+    parser = argparse.ArgumentParser(
+        prog="sidecar", description="Moves an application's logs from PostgreSQL to DynamoDB without losing one."
+    )
+    subparsers = parser.add_subparsers(metavar="VERB", required=True)
+    for verb in verbs:
+        sub = subparsers.add_parser(verb.name, help=verb.summary, description=verb.summary, allow_abbrev=False)
+        verb.arguments(sub)
+        sub.set_defaults(run=verb.run)
+    return parser
+
+
+def exit_code(error: SidecarError) -> int:
+    """The exit code of an error that ends a verb; the nearest class of ``EXIT_CODES``, else 1."""
+    return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), EXIT_NEGATIVE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code; an error of the tree becomes one line on stderr."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except SidecarError as error:
+        print(f"sidecar: {error}", file=sys.stderr)  # noqa: T201  (the command line speaks by printing)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
