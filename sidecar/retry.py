@@ -45,6 +45,7 @@ _THROTTLE_GROWTH: Final = 0.05  # of the learnt rate per second, while below the
 _THROTTLE_HOLD: Final = 1.0  # seconds between two cuts: one burst of answers is one event
 _FREE_AFTER: Final = 30.0  # seconds without a throttle, and then the learnt rate grows freely
 _WINDOW: Final = 2.0  # seconds over which the delivered rate is measured
+_RECENT: Final = 0.5  # seconds, likewise at the moment of a throttle
 
 
 class Backoff:
@@ -81,8 +82,19 @@ class Throughput:
         self._sum += n
         self.steady = max(self.rate(now), self.steady * 0.999)
 
+    def recent(self, now: float) -> float:
+        """Records per second of the last half second: what a throttled store really took; 0 in the first second."""
+        total = 0
+        if not self._events or self._events[0][0] > now - 2 * _RECENT:
+            return 0.0
+        for at, n in reversed(self._events):
+            if at < now - _RECENT:
+                break
+            total += n
+        return total / _RECENT
+
     def rate(self, now: float) -> float:
-        """Records per second, now."""
+        """Records per second over the last two seconds."""
         while self._events and self._events[0][0] < now - _WINDOW:
             self._sum -= self._events.popleft()[1]
         if not self._events:
@@ -109,25 +121,32 @@ class Rate:
         return self._learnt if self.manual is None else min(self._learnt, self.manual)
 
     def throttled(self, now: float, delivered: float) -> None:
-        """The store asked us to slow down while ``delivered`` records/s got through."""
+        """The store asked us to slow down while ``delivered`` records/s (the last half second) got through."""
         if now - self._last_cut < _THROTTLE_HOLD:
             return
         self._last_cut = now
+        if self._learnt == math.inf and delivered == 0.0:
+            # A first burst taught nothing yet: start low and double until the store says where the knee is.
+            self._begin(now, _FIRST_RATE / 10)
+            return
         self._starting = False
-        observed = max(delivered, 1.0)
-        self._knee = observed
-        self._learnt = max(1.0, min(self._learnt, observed) * _THROTTLE_BACK)
+        floor = 1.0 if self._learnt == math.inf else self._learnt / 2
+        self._knee = max(floor, min(self._learnt, delivered))
+        self._learnt = max(1.0, self._knee * _THROTTLE_BACK)
         self._tokens = min(self._tokens, 0.0)
+
+    def _begin(self, now: float, rate: float) -> None:
+        self._learnt = rate
+        self._starting = True
+        self._knee = math.inf
+        self._tokens = 0.0
+        self._filled_at = now
 
     def recovered(self, now: float, steady: float, outage: float) -> None:
         """The first success after ``outage`` seconds: start slowly towards what was steady."""
         share = 1 / 32 if outage >= _SHORT_OUTAGE else 1 / 4
         base = steady if steady > 0 else _FIRST_RATE * 32
-        self._learnt = max(1.0, base * share * self._rng.uniform(0.7, 1.0))
-        self._starting = True
-        self._knee = math.inf
-        self._tokens = 0.0
-        self._filled_at = now
+        self._begin(now, max(1.0, base * share * self._rng.uniform(0.7, 1.0)))
 
     def grow(self, now: float, delivered: float) -> None:
         """Let the rate rise with time; called with every success."""
@@ -139,10 +158,8 @@ class Rate:
             if self._learnt > max(4 * delivered, 1e6):
                 self._learnt = math.inf
                 self._starting = False
-        elif self._learnt < self._knee:
-            self._learnt += _THROTTLE_GROWTH * self._knee * min(dt, 1.0)
         else:
-            self._learnt += _THROTTLE_GROWTH / 2 * self._knee * min(dt, 1.0)
+            self._learnt += _THROTTLE_GROWTH * self._knee * min(dt, 1.0)
 
     def take(self, now: float, wanted: int, delivered: float) -> int:
         """How many of ``wanted`` records may go now; 0 means wait ``delay``."""
@@ -287,7 +304,7 @@ class Pace:
             self._backoff.reset()
         if delivered:
             self.throughput.add(now, delivered)
-        if now - self._throttled_at > 1.0:
+        if now - self._throttled_at > _RECENT:
             self._limit = min(float(self._max_in_flight), self._limit + 1 / max(1.0, self._limit))
 
     def throttled(self, ticket: Ticket, delivered: int, reason: str, now: float) -> None:
@@ -295,10 +312,10 @@ class Pace:
         self.succeeded(ticket, delivered, now)
         self._throttled_at = now
         self.reason = reason
-        self.rate.throttled(now, self.throughput.rate(now))
+        self.rate.throttled(now, self.throughput.recent(now))
         if now - self._last_cut >= _THROTTLE_HOLD:
             self._last_cut = now
-            self._limit = max(1.0, self._limit / 2)
+            self._limit = max(1.0, self._limit * 0.7)
 
     def failed(self, ticket: Ticket, state: State, reason: str, now: float) -> None:
         """The call failed for reasons of the store: ``State.DOWN`` or ``State.BLOCKED``."""

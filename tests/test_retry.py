@@ -1,0 +1,175 @@
+"""The regulator of delivery, in virtual time."""
+
+import heapq
+import itertools
+import random
+
+import pytest
+
+from sidecar import settings
+from sidecar.retry import Backoff, Pace, State
+
+CONFIG = settings.Retry()
+
+
+def pace(seed: int = 1, in_flight: int = 16) -> Pace:
+    """A regulator at time zero."""
+    return Pace(CONFIG, in_flight, random.Random(seed), now=0.0)
+
+
+class Simulation:
+    """A store with a capacity in records/s, a latency, and a switch; driven in virtual time."""
+
+    def __init__(self, regulator: Pace, *, batch: int, latency: float, capacity: float) -> None:
+        self.pace = regulator
+        self.batch, self.latency, self.capacity = batch, latency, capacity
+        self.now = 0.0
+        self.up = True
+        self.tokens = 0.0
+        self.filled = 0.0
+        self.sent: list[tuple[float, int]] = []
+        self.delivered: list[tuple[float, int]] = []
+        self.calls: list[tuple[float, int, object]] = []
+        self._n = itertools.count()
+
+    def _answer(self, ticket) -> None:
+        if not self.up:
+            self.pace.failed(ticket, State.DOWN, "refused", self.now)
+            return
+        self.tokens = min(self.capacity / 5, self.tokens + (self.now - self.filled) * self.capacity)
+        self.filled = self.now
+        taken = min(ticket.records, int(self.tokens))
+        self.tokens -= taken
+        self.delivered.append((self.now, taken))
+        if taken < ticket.records:
+            self.pace.throttled(ticket, taken, "slow down", self.now)
+        else:
+            self.pace.succeeded(ticket, taken, self.now)
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            while (ticket := self.pace.permit(self.batch, self.now)) is not None:
+                self.sent.append((self.now, ticket.records))
+                heapq.heappush(self.calls, (self.now + self.latency, next(self._n), ticket))
+            delay = self.pace.delay(self.batch, self.now)
+            wake = min(
+                self.now + delay if delay is not None else end,
+                self.calls[0][0] if self.calls else end,
+            )
+            self.now = max(wake, self.now + 1e-6)
+            while self.calls and self.calls[0][0] <= self.now:
+                self._answer(heapq.heappop(self.calls)[2])
+
+    def rate(self, events: list[tuple[float, int]], start: float, stop: float) -> float:
+        return sum(n for t, n in events if start <= t < stop) / (stop - start)
+
+
+@pytest.mark.parametrize("capacity", [50, 500, 5_000, 40_000])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_throttling_store_is_offered_between_70_and_110_percent_of_what_it_takes(capacity, seed):
+    """The settled offer and the settled delivery are both within 0.7 to 1.1 of the store's rate."""
+    sim = Simulation(pace(seed), batch=25, latency=0.005, capacity=capacity)
+    sim.run(60)
+    assert 0.7 * capacity <= sim.rate(sim.delivered, 20, 60) <= 1.1 * capacity
+    assert 0.7 * capacity <= sim.rate(sim.sent, 20, 60) <= 1.1 * capacity
+
+
+def test_without_the_regulator_the_same_store_is_stormed():
+    """Control: a sender that never waits offers many times what the store takes."""
+    sim = Simulation(pace(), batch=25, latency=0.005, capacity=500)
+    sim.pace.rate.throttled = lambda now, delivered: None  # type: ignore[method-assign]
+    sim.run(10)
+    assert sim.rate(sim.sent, 5, 10) > 2 * 500
+
+
+@pytest.mark.parametrize("steady", [1_000, 50_000])
+@pytest.mark.parametrize("seed", range(5))
+def test_after_five_minutes_of_outage_the_first_second_sees_a_tenth_of_the_steady_rate(steady, seed):
+    """Recovery starts slowly and still reaches the steady rate within seconds."""
+    batch = max(25, steady // 200)
+    sim = Simulation(pace(seed, in_flight=1), batch=batch, latency=batch / steady, capacity=10 * steady)
+    sim.run(20)
+    assert sim.rate(sim.delivered, 10, 20) > 0.9 * steady
+    sim.up = False
+    sim.run(300)
+    sim.up = True
+    back = sim.now
+    before = len(sim.delivered)
+    sim.run(60)
+    first = sim.delivered[before][0]
+    assert first - back <= CONFIG.max_delay
+    assert sim.rate(sim.delivered, first, first + 1) <= 0.1 * steady
+    assert sim.rate(sim.delivered, first + 8, first + 18) > 0.8 * steady
+
+
+def test_while_a_store_is_down_one_call_at_a_time_is_under_way():
+    """However many calls fail together, one outage is one back-off step, and then one probe flies at a time."""
+    p = pace()
+    tickets = [p.permit(25, 0.0) for _ in range(16)]
+    assert p.permit(25, 0.0) is None
+    for ticket in tickets:
+        p.failed(ticket, State.DOWN, "refused", 1.0)
+    assert p.state(1.0) is State.DOWN
+    assert p._backoff.failures == 1
+    assert p.permit(25, 1.0) is None
+    later = 1.0 + (p.delay(25, 1.0) or 0)
+    probe = p.permit(25, later)
+    assert probe is not None
+    assert probe.probe
+    assert p.permit(25, later + 100) is None
+    p.succeeded(probe, 25, later + 1)
+    assert p.state(later + 1) is State.UP
+
+
+def test_a_blocked_store_is_probed_with_one_record_every_probe_interval():
+    """Blocked: one record, probe_interval apart, for ever."""
+    p = pace()
+    p.failed(p.permit(25, 0.0), State.BLOCKED, "42P01", 0.0)
+    now = 0.0
+    for _ in range(10):
+        delay = p.delay(25, now)
+        assert delay == pytest.approx(CONFIG.probe_interval)
+        now += delay
+        probe = p.permit(25, now)
+        assert probe.records == 1
+        p.failed(probe, State.BLOCKED, "42P01", now)
+    assert p.state(now) is State.BLOCKED
+
+
+def test_pause_holds_everything_and_resume_asks_at_once():
+    """An operator's pause shows who and why; resume does not wait for the back-off."""
+    p = pace()
+    p.pause("alice", "vacuum full", 5.0)
+    assert p.permit(25, 6.0) is None
+    assert p.state(6.0) is State.PAUSED
+    assert (p.paused_by, p.reason) == ("alice", "vacuum full")
+    p.resume(7.0)
+    assert p.permit(25, 7.0) is not None
+
+
+def test_a_manual_rate_bounds_what_is_sent():
+    """``rate`` set by hand: never more than it, measured over ten seconds."""
+    sim = Simulation(pace(), batch=25, latency=0.001, capacity=1e9)
+    sim.pace.rate.manual = 300.0
+    sim.run(20)
+    assert 0.9 * 300 <= sim.rate(sim.sent, 5, 15) <= 1.05 * 300
+
+
+def test_back_off_has_full_jitter_and_a_cap():
+    """Waits lie in (0, min(cap, base * 2^n)] and differ from seed to seed."""
+    waits = [[Backoff(1.0, 30.0, random.Random(s)).next()] for s in range(50)]
+    assert len({w[0] for w in waits}) > 40
+    backoff = Backoff(1.0, 30.0, random.Random(3))
+    for n in range(40):
+        assert 0.1 <= backoff.next() <= min(30.0, 2.0**n)
+
+
+def test_a_throttle_is_no_attempt_and_no_failure():
+    """Throttled answers leave the back-off alone."""
+    p = pace()
+    for i in range(20):
+        ticket = p.permit(25, float(i * 10))
+        p.throttled(ticket, 5, "slow", float(i * 10))
+    assert p._backoff.failures == 0
+    assert p.state(191.0) is State.THROTTLED
