@@ -59,7 +59,7 @@ class _Feeder(asyncio.Protocol):
         self.supply, self.counter = supply, counter
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
         self.transport.write(next(self.supply))
 
     def data_received(self, data: bytes) -> None:  # noqa: ARG002 (answers are small: one segment each)
