@@ -1,0 +1,118 @@
+"""Identity of records: UUIDv7 minted here, UUIDv8 derived from an Idempotency-Key, the client's own made canonical.
+
+Minting (RFC 9562, section 6.2, method 2, monotonic random): the 74 bits after the 48-bit millisecond are drawn afresh
+for each new millisecond and raised by a random step of 1..2**32 for each further id in it, so ids of one minter only
+ever rise, also within a batch and when the clock steps back (then the highest millisecond so far stays in force).
+"""
+
+import hashlib
+import re
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from sidecar.clock import Clock
+from sidecar.errors import MalformedBody
+
+_CANONICAL: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.ASCII)
+_SPELLING: Final = re.compile(
+    r"(?:urn:uuid:)?(\{|\()?([0-9a-f]{8})(-?)([0-9a-f]{4})\3([0-9a-f]{4})\3([0-9a-f]{4})\3([0-9a-f]{12})(\}|\))?",
+    re.ASCII | re.IGNORECASE,
+)
+_PAIRS: Final = frozenset({(None, None), ("{", "}"), ("(", ")")})
+_NIL: Final = "00000000-0000-0000-0000-000000000000"
+_TAIL_BITS: Final = 74  # rand_a and rand_b of a version 7 UUID
+_LOW_BITS: Final = 48  # the last group of the text
+_MS_MAX: Final = 2**48 - 1
+_KEY_FORM: Final = re.compile(r"[\x21-\x7e]{1,255}")
+_DERIVED_AS: Final = b"sidecar-key-id-1"  # BLAKE2b personalisation: changing it changes every derived id
+
+
+def canonical(text: str) -> str:
+    """Any usual spelling of a UUID -> lower case with hyphens.
+
+    Accepts upper case, braces, parentheses, ``urn:uuid:`` and no hyphens (.NET's formats D, N, B and P).
+
+    Raises:
+        ValueError: no UUID, or the nil UUID; the message is the reason, without the text.
+    """
+    if not _CANONICAL.fullmatch(text):
+        match = _SPELLING.fullmatch(text)
+        if match is None or (match[1], match[8]) not in _PAIRS:
+            raise ValueError("not a UUID; write 8-4-4-4-12 hexadecimal digits, or leave it out to get one")
+        text = "-".join((match[2], match[4], match[5], match[6], match[7])).lower()
+    if text == _NIL:
+        raise ValueError("the nil UUID names no record (.NET's Guid.Empty); leave it out to get one")
+    return text
+
+
+def version7_time(log_id: str) -> int | None:
+    """Microseconds since the epoch in a canonical UUIDv7 (milliseconds' precision); None for other UUIDs."""
+    if log_id[14] != "7" or log_id[19] not in "89ab":
+        return None
+    return int(log_id[:8] + log_id[9:13], 16) * 1000
+
+
+def check_key(key: str) -> str:
+    """An Idempotency-Key as it may be: 1..255 visible ASCII characters.
+
+    Raises:
+        MalformedBody: anything else.
+    """
+    if not _KEY_FORM.fullmatch(key):
+        raise MalformedBody(
+            "Idempotency-Key: allowed are 1 to 255 visible ASCII characters without spaces; shorten or encode it"
+        )
+    return key
+
+
+def derive_ids(key: str, indexes: Iterable[int]) -> list[str]:
+    """UUIDv8 for these records of a request: BLAKE2b-128 of (key, index), the same for ever."""
+    prefix = hashlib.blake2b(key.encode("ascii"), digest_size=16, person=_DERIVED_AS)
+    ids = []
+    for index in indexes:
+        one = prefix.copy()
+        one.update(b"\0%d" % index)  # NUL cannot occur in a key, so (key, index) stays unambiguous
+        value = int.from_bytes(one.digest(), "big")
+        value = value & ~(0xF << 76) | 8 << 76
+        value = value & ~(0x3 << 62) | 2 << 62
+        ids.append(str(uuid.UUID(int=value)))
+    return ids
+
+
+class Minter:
+    """UUIDv7 texts that only rise; one per instance, called from one thread."""
+
+    __slots__ = ("_clock", "_ms", "_random", "_tail")
+
+    def __init__(self, clock: Clock, random: Callable[[int], bytes]) -> None:
+        """``random(n)`` gives n unpredictable bytes, e.g. ``os.urandom``."""
+        self._clock = clock
+        self._random = random
+        self._ms = -1
+        self._tail = 0
+
+    def batch(self, count: int) -> list[str]:
+        """``count`` new ids, rising, above all earlier ones."""
+        drawn = self._random(4 * count + 10)
+        now = min(max(self._clock.now_us() // 1000, 0), _MS_MAX)
+        if now > self._ms:
+            self._ms = now
+            self._tail = int.from_bytes(drawn[-10:], "big") >> 7  # 73 bits: half the range is left to rise into
+        ids: list[str] = []
+        steps = memoryview(drawn)[: 4 * count].cast("I")
+        done = 0
+        while done < count:
+            high, low = divmod(self._tail, 1 << _LOW_BITS)
+            prefix = f"{self._ms >> 16:08x}-{self._ms & 0xFFFF:04x}-7{high >> 14:03x}-{0x8000 | high & 0x3FFF:04x}-"
+            for step in steps[done:]:
+                low += step + 1
+                if low >> _LOW_BITS:
+                    break
+                ids.append(f"{prefix}{low:012x}")
+            done = len(ids)
+            self._tail = (high << _LOW_BITS) + low
+            if self._tail >> _TAIL_BITS:  # the last group's carry ran through the whole tail: borrow a millisecond
+                self._ms += 1
+                self._tail = int.from_bytes(drawn[-10:], "big") >> 7
+        return ids
