@@ -65,12 +65,12 @@ def _watermarks(s: Settings) -> None:
 
 
 def _ballast(s: Settings) -> None:
-    if s.spool.ballast_bytes > s.spool.cap_bytes // 2:
+    if s.spool.ballast_bytes > s.spool.cap_bytes:
         raise ConfigError(
             "spool.ballast_bytes",
             seen=s.spool.ballast_bytes,
-            allowed=f"at most half of spool.cap_bytes ({s.spool.cap_bytes // 2})",
-            hint="lower it or raise the cap",
+            allowed=f"at most spool.cap_bytes ({s.spool.cap_bytes})",
+            hint="lower it: the volume must hold both",
         )
 
 

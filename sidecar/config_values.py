@@ -113,8 +113,10 @@ def read_table(table: Table, expander: Expander, section: str = "") -> dict[str,
 def unknown_setting(path: str, where: str) -> ConfigError:
     """The error for a name that is no setting; suggests the nearest."""
     section, _, key = path.rpartition(".")
+    if section and section not in SECTIONS:
+        section, key = "", section
     siblings = sorted({_child(known, section) for known in FIELDS} - {""})
-    elsewhere = [known for known in FIELDS if known.rpartition(".")[2] == key]
+    elsewhere = [known for known in FIELDS if known.rpartition(".")[2] == path.rpartition(".")[2]]
     near = elsewhere or [
         f"{section}.{name}" if section else name
         for name in difflib.get_close_matches(key.lower()[:64], siblings, n=1, cutoff=0.6)
