@@ -50,6 +50,17 @@ def machine() -> Json:
     }
 
 
+def introduction(document: Json) -> str:
+    """On what the figures were taken, in a sentence."""
+    on = document["machine"]
+    packages = ", ".join(f"{name} {number}" for name, number in on["packages"].items())
+    rounds = "one short round" if document["quick"] else "medians of three rounds"
+    return (
+        f"{on['cores']} cores ({on['cpu']}), {on['memory_mib'] / 1024:.0f} GiB, Linux {on['kernel']}, "
+        f"Python {on['python']}, {packages}; commit {on['commit']}; {rounds}."
+    )
+
+
 def markdown(results: Sequence[Json]) -> str:
     """Cases, then bars."""
     return "\n".join([*_loads(results), "", *_stories(results), "", *_bars(results), ""])

@@ -14,10 +14,11 @@ from benchmarks import ceilings, scenarios
 from benchmarks.cases import CASES, SWEEP, Case, Row, measure, run_case
 from benchmarks.processes import REPOSITORY
 from benchmarks.records import Shape
-from benchmarks.report import machine, markdown, pictures
+from benchmarks.report import introduction, machine, markdown, pictures
 from benchmarks.rig import Rig
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
 Job = Callable[[Rig], Row]
 
 
@@ -62,6 +63,16 @@ def chosen(table: dict[str, Job], only: list[str]) -> dict[str, Job]:
     return {name: job for name, job in table.items() if not only or any(word in name for word in only)}
 
 
+def publish(document: Row) -> None:
+    """Pictures into docs/, tables into the README between its two marks."""
+    for file, text in pictures(document["results"]).items():
+        (REPOSITORY / "docs" / file).write_text(text)
+    readme = REPOSITORY / "benchmarks" / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    readme.write_text(f"{before}{BEGIN}\n{introduction(document)}\n\n{markdown(document['results'])}{END}{after}")
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="the sidecar beside the naive baselines, on this machine, now")
     parser.add_argument("--quick", action="store_true", help="one round, short loads: a look, not a result")
@@ -69,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=RESULTS / "latest.json")
     parser.add_argument("--scratch", type=Path, default=REPOSITORY / ".run" / "bench", help="on a real disk")
     parser.add_argument("--no-ceilings", action="store_true", help="do not measure the instruments first")
-    parser.add_argument("--publish", action="store_true", help="write the pictures into docs/")
+    parser.add_argument("--publish", action="store_true", help="write pictures into docs/, results into the README")
     return parser.parse_args()
 
 
@@ -104,8 +115,7 @@ def main() -> int:
     for text in voids:
         print(f"VOID {text}")
     if given.publish:
-        for file, text in pictures(results).items():
-            (REPOSITORY / "docs" / file).write_text(text)
+        publish(document)
     return 1 if voids else 0
 
 
