@@ -41,7 +41,10 @@ def build() -> str:
         whole = whole.with_row(board.Row(row.title))
         for panel in row.panels:
             whole = whole.with_panel(_panel(panel))
-    return json.dumps(whole.build(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
+    tree = json.loads(json.dumps(whole.build(), cls=JSONEncoder))
+    for entry in tree["templating"]["list"]:
+        entry.pop("auto", None)  # an interval variable's, which the SDK writes on all; Grafana's types refuse it
+    return json.dumps(tree, indent=2, sort_keys=True) + "\n"
 
 
 def _variables() -> tuple[board.DatasourceVariable | board.QueryVariable, ...]:
