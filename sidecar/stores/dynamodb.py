@@ -1,0 +1,245 @@
+"""DynamoDB as a store of records.
+
+Layout: ``dynamodb_items``. Tables and indexes: ``dynamodb_schema``. Transport: ``dynamodb_wire``. Refusals:
+``dynamodb_errors``. Index reads: ``dynamodb_queries``. Enumeration: ``dynamodb_scan``.
+
+What DynamoDB gives and what it does not:
+
+* A put replaces: writing the same record again has no second effect, and other content under the same id is *not*
+  seen here (validation finds it by the digest). ``put_if_absent`` never replaces.
+* An answer that was lost may stand for a write that happened: TRANSIENT, and the repetition has no second effect.
+* ``get`` is strongly consistent. Everything that goes through an index is eventually consistent.
+* With ``ttl_days`` a record is hidden from every read as soon as its time has come, whether or not the service has
+  deleted it yet (it takes up to some days).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+import msgspec
+
+from sidecar import settings
+from sidecar.clock import Clock
+from sidecar.errors import RetryClass, StoreError
+from sidecar.phase import DYNAMODB, StoreName
+from sidecar.record import LogRecord
+from sidecar.stores import dynamodb_errors as errors
+from sidecar.stores import dynamodb_schema as schema
+from sidecar.stores.base import Check, CountQuery, Failure, Position, Query, ScanEntry, WriteLimits, WriteResult
+from sidecar.stores.dynamodb_items import DAY, MAX_ITEM_BYTES, Item, encode_item, fits
+from sidecar.stores.dynamodb_pages import Pages
+from sidecar.stores.dynamodb_parallel import all_or_first_error
+from sidecar.stores.dynamodb_queries import Queries
+from sidecar.stores.dynamodb_scan import Enumeration
+from sidecar.stores.dynamodb_shards import ShardSchedule
+from sidecar.stores.dynamodb_wire import Wire
+
+MAX_BATCH_ITEMS: Final = 25
+MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024
+MAX_BATCH_BYTES: Final = 2 * 1024 * 1024  # of stored sizes: JSON escapes at most six-fold, so a request always fits
+PING_ID: Final = "sidecar-ping"
+
+_json = msgspec.json.encode
+_TOO_LARGE: Final = f"the item is over DynamoDB's {MAX_ITEM_BYTES} bytes"
+
+
+class _Put(msgspec.Struct):
+    item: "_KeyOnly" = msgspec.field(name="Item")
+
+
+class _Text(msgspec.Struct):
+    S: str
+
+
+class _KeyOnly(msgspec.Struct):
+    log_id: _Text
+
+
+class _Unprocessed(msgspec.Struct):
+    put: _Put = msgspec.field(name="PutRequest")
+
+
+class _Units(msgspec.Struct):
+    units: float = msgspec.field(name="CapacityUnits", default=0.0)
+
+
+class _Capacity(msgspec.Struct):
+    units: float = msgspec.field(name="CapacityUnits", default=0.0)
+    table: _Units | None = msgspec.field(name="Table", default=None)
+    indexes: dict[str, _Units] = msgspec.field(name="GlobalSecondaryIndexes", default_factory=dict)
+
+
+class _BatchAnswer(msgspec.Struct):
+    unprocessed: dict[str, list[_Unprocessed]] = msgspec.field(name="UnprocessedItems", default_factory=dict)
+    consumed: list[_Capacity] = msgspec.field(name="ConsumedCapacity", default_factory=list)
+
+
+class _GetAnswer(msgspec.Struct):
+    item: Item | None = msgspec.field(name="Item", default=None)
+
+
+_batch_answer = msgspec.json.Decoder(_BatchAnswer)
+_get_answer = msgspec.json.Decoder(_GetAnswer)
+
+
+class DynamoDBStore:
+    """The Store of one table (``sidecar.stores.base.Store`` states the promise of every method)."""
+
+    def __init__(self, options: settings.DynamoDB, *, clock: Clock) -> None:
+        self._options = options
+        self._clock = clock
+        self.wire = Wire(options, clock=clock)
+        self._shards = ShardSchedule(self.wire, options, clock=clock)
+        self._pages = Pages(self.wire, options, clock=clock)
+        self._queries = Queries(self._pages, self._shards)
+        self._enumeration = Enumeration(self._pages, self._queries, self._shards)
+        self._putting = asyncio.Semaphore(options.max_in_flight)
+        self._batch_head = b'{"ReturnConsumedCapacity":"INDEXES","RequestItems":{%b:[{"PutRequest":{"Item":' % _json(
+            options.table
+        )
+
+    @property
+    def name(self) -> StoreName:
+        return DYNAMODB
+
+    @property
+    def limits(self) -> WriteLimits:
+        return WriteLimits(MAX_BATCH_ITEMS, MAX_BATCH_BYTES, self._options.max_in_flight)
+
+    async def write(self, batch: Sequence[LogRecord]) -> WriteResult:
+        positions = _positions(batch)
+        items = await self._encode(batch)
+        failures = [
+            Failure(index, RetryClass.PERMANENT, _TOO_LARGE, "ItemTooLarge")
+            for index, item in enumerate(items)
+            if not fits(item)
+        ]
+        if failures:
+            oversize = {failure.index for failure in failures}
+            items = [item for index, item in enumerate(items) if index not in oversize]
+        if not items:
+            return WriteResult(failures)
+        body = self._batch_head + b'}},{"PutRequest":{"Item":'.join(items) + b"}}]}}"
+        if len(body) > MAX_REQUEST_BYTES:
+            raise errors.error(
+                RetryClass.PERMANENT, f"the request is over DynamoDB's {MAX_REQUEST_BYTES} bytes", "RequestTooLarge"
+            )
+        answer = await self.wire.call("BatchWriteItem", body)
+        try:
+            result = _batch_answer.decode(answer)
+        except msgspec.DecodeError:
+            raise errors.unreadable("BatchWriteItem") from None
+        for request in result.unprocessed.get(self._options.table, ()):
+            index = positions.get(request.put.item.log_id.S)
+            if index is None:
+                raise errors.unreadable("BatchWriteItem")
+            failures.append(
+                Failure(index, RetryClass.THROTTLE, "not processed: table or index throttles", errors.UNPROCESSED)
+            )
+        return WriteResult(failures, _consumed(result.consumed))
+
+    async def put_if_absent(self, batch: Sequence[LogRecord]) -> Sequence[bool]:
+        items = await self._encode(batch)
+        for item in items:
+            if not fits(item):
+                raise errors.error(RetryClass.PERMANENT, _TOO_LARGE, "ItemTooLarge")
+        return await all_or_first_error([self._put_if_absent(item) for item in items])
+
+    async def get(self, log_id: str) -> LogRecord | None:
+        body = {"TableName": self._options.table, "Key": {"log_id": {"S": log_id}}, "ConsistentRead": True}
+        answer = await self.wire.call("GetItem", _json(body))
+        try:
+            item = _get_answer.decode(answer).item
+            record = None if item is None else item.record()
+        except (msgspec.DecodeError, ValueError):
+            raise errors.unreadable("GetItem") from None
+        if record is None or record.log_timestamp < self._pages.visible_from():
+            return None
+        return record
+
+    async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
+        return await self._queries.query(query, before=before, limit=limit)
+
+    async def count(self, query: CountQuery) -> int:
+        return await self._enumeration.count(query)
+
+    def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+        return self._enumeration.scan(start, end)
+
+    async def ping(self) -> None:
+        """A conditional put that can never apply: proves table, permission, key and quota; stores nothing."""
+        await self._shards.current()
+        body = {
+            "TableName": self._options.table,
+            "Item": {"log_id": {"S": PING_ID}},
+            "ConditionExpression": "log_id = :never",
+            "ExpressionAttributeValues": {":never": {"S": ""}},
+        }
+        try:
+            await self.wire.call("PutItem", _json(body))
+        except StoreError as failure:
+            if failure.code == errors.CONDITION_FAILED:
+                return
+            if failure.retry_class is RetryClass.PERMANENT:  # this item is right: the table is not ours
+                raise errors.error(
+                    RetryClass.BLOCKED, "PutItem: the table has another key: check dynamodb.table", failure.code
+                ) from None
+            raise
+
+    async def create(self) -> Sequence[str]:
+        done = list(await schema.create(self.wire, self._options, clock=self._clock))
+        shards = await self._shards.establish(self._options.shards)
+        return [*done, shards] if shards else done
+
+    async def check(self) -> Sequence[Check]:
+        found = list(await schema.check(self.wire, self._options))
+        found.append(await self._shards.check())
+        return found
+
+    async def close(self) -> None:
+        await self.wire.close()
+
+    async def _encode(self, batch: Sequence[LogRecord]) -> list[bytes]:
+        if not batch:
+            return []
+        schedule = self._shards.peek() or await self._shards.current()
+        ttl = self._options.ttl_days
+        return [encode_item(record, schedule.shards(record.log_timestamp // DAY), ttl) for record in batch]
+
+    async def _put_if_absent(self, item: bytes) -> bool:
+        body = b'{"TableName":%b,"ConditionExpression":"attribute_not_exists(log_id)","Item":%b}' % (
+            _json(self._options.table),
+            item,
+        )
+        async with self._putting:
+            try:
+                await self.wire.call("PutItem", body)
+            except StoreError as failure:
+                if failure.code == errors.CONDITION_FAILED:
+                    return False
+                raise
+        return True
+
+
+def _positions(batch: Sequence[LogRecord]) -> dict[str, int]:
+    """Index by log_id. The service refuses what is checked here; emulators do not."""
+    if len(batch) > MAX_BATCH_ITEMS:
+        raise errors.error(
+            RetryClass.PERMANENT, f"{len(batch)} records in one batch, allowed: {MAX_BATCH_ITEMS}", "BatchTooLarge"
+        )
+    positions = {record.log_id: index for index, record in enumerate(batch)}
+    if len(positions) != len(batch):
+        raise errors.error(RetryClass.PERMANENT, "one log_id twice in a batch", "DuplicateKey")
+    return positions
+
+
+def _consumed(reported: Sequence[_Capacity]) -> tuple[tuple[str, float], ...]:
+    found: list[tuple[str, float]] = []
+    for capacity in reported:
+        if capacity.table is not None:
+            found.append(("table", capacity.table.units))
+        elif capacity.units and not capacity.indexes:
+            found.append(("table", capacity.units))
+        found.extend((name, index.units) for name, index in capacity.indexes.items())
+    return tuple(found)

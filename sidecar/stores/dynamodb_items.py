@@ -1,0 +1,273 @@
+"""A record as a DynamoDB item and back.
+
+LAYOUT (decision record 0002; semantics, section 10). The table's key is ``log_id`` alone.
+
+=====================  ====  =================================================================================
+attribute              type  meaning
+=====================  ====  =================================================================================
+the thirteen fields          under their snake_case names; text S, numbers N, ``is_success`` BOOL,
+                             ``log_timestamp`` S, ``record.timestamp_text``. Null = no attribute; an empty text stays
+                             an empty S.
+``h``                  B     ``record.digest``: 128 bits over the thirteen fields
+``gt``                 S     sort key of every index: ``<timestamp_text>#<log_id>``; text order is (time, id)
+``gs``                 S     hash key of index ``service``: ``S#<service_name>#<YYYY-MM-DD>#<shard>``
+``ga``                 S     hash key of index ``application``: ``A#<application_id>``; absent where that is null
+``gc``                 S     hash key of index ``correlation``: ``C#<correlation_id>``; absent where that is null
+``ge``                 S     hash key of index ``errors``: ``E#<YYYY-MM-DD>#<shard>``; absent where is_success
+``expires_at``         N     TTL, seconds since the epoch, counted from log_timestamp; absent without ``ttl_days``
+=====================  ====  =================================================================================
+
+The prefix keeps an empty text a legal index key (DynamoDB refuses the empty string there), so null and "" stay
+distinct and both are found again. A hash key is unambiguous whatever the text contains, because what follows the text
+has a fixed form. ``shard = crc32(log_id) mod N(date)``: stable over versions, machines and languages.
+
+Items are built straight as DynamoDB JSON bytes: every value passes through msgspec's escaping, or cannot need any.
+"""
+
+import binascii
+from datetime import date, datetime
+from functools import lru_cache
+from typing import Final
+from zlib import crc32
+
+import msgspec
+
+from sidecar.record import LogRecord, digest, timestamp_text
+
+SECOND: Final = 1_000_000  # microseconds
+DAY: Final = 86_400 * SECOND
+_EPOCH: Final = date(1970, 1, 1).toordinal()
+MAX_ITEM_BYTES: Final = 400 * 1024
+
+_json = msgspec.json.encode
+
+
+@lru_cache(maxsize=4096)
+def _second_text(second: int) -> str:
+    """``2026-11-22T17:24:52.``: the slow part of a timestamp, the same for all records of one second."""
+    return timestamp_text(second * SECOND)[:20]
+
+
+def time_key(us: int) -> str:
+    """The same text as ``record.timestamp_text``, quickly."""
+    second, rest = divmod(us, SECOND)
+    return f"{_second_text(second)}{rest:06d}Z"
+
+
+@lru_cache(maxsize=4096)
+def _minute(text: str) -> int:
+    """Microseconds since the epoch of ``2026-11-22T17:24``. Raises ValueError."""
+    return int(datetime.fromisoformat(f"{text}:00+00:00").timestamp()) * SECOND
+
+
+def parse_time_key(text: str) -> int:
+    """Microseconds since the epoch of what ``time_key`` wrote. Raises ValueError for anything else."""
+    us = _minute(text[:16]) + int(text[17:19]) * SECOND + int(text[20:26])
+    if time_key(us) != text:
+        raise ValueError
+    return us
+
+
+def sort_key(us: int, log_id: str) -> str:
+    """``gt``: text order is the order of (time, id)."""
+    return f"{time_key(us)}#{log_id}"
+
+
+def split_sort_key(key: str) -> tuple[str, str]:
+    """``(timestamp text, log_id)`` of a ``gt``."""
+    return key[:27], key[28:]
+
+
+def day_text(day: int) -> str:
+    """``2026-11-22`` of days since the epoch."""
+    return timestamp_text(day * DAY)[:10]
+
+
+def day_number(text: str) -> int | None:
+    """Days since the epoch of ``2026-11-22``; None where the text is no such date."""
+    try:
+        return date.fromisoformat(text).toordinal() - _EPOCH
+    except ValueError:
+        return None
+
+
+def shard_of(log_id: str, shards: int) -> int:
+    """The shard of a record among ``shards``."""
+    return crc32(log_id.encode()) % shards
+
+
+def service_key(service_name: str, day: str, shard: int) -> str:
+    """``gs``; ``day`` is ``YYYY-MM-DD``."""
+    return f"S#{service_name}#{day}#{shard}"
+
+
+def errors_key(day: str, shard: int) -> str:
+    """``ge``; ``day`` is ``YYYY-MM-DD``."""
+    return f"E#{day}#{shard}"
+
+
+def application_key(application_id: int) -> str:
+    """``ga``."""
+    return f"A#{application_id}"
+
+
+def correlation_key(correlation_id: str) -> str:
+    """``gc``; an empty correlation id is the key ``C#``."""
+    return f"C#{correlation_id}"
+
+
+def expires_at(log_timestamp: int, ttl_days: int) -> int:
+    """TTL in whole seconds, rounded up: never before its time."""
+    return -(-log_timestamp // SECOND) + ttl_days * 86_400
+
+
+def encode_item(record: LogRecord, shards: int, ttl_days: int | None) -> bytes:
+    """The item as DynamoDB JSON: ``{"log_id":{"S":"..."}, ...}``; ``shards`` is N of the record's UTC day."""
+    (
+        log_id,
+        application_id,
+        log_type,
+        service_name,
+        request_data,
+        response_data,
+        status_code,
+        is_success,
+        error_message,
+        processing_time_ms,
+        log_timestamp,
+        correlation_id,
+        user_id,
+    ) = msgspec.structs.astuple(record)
+    time = time_key(log_timestamp).encode()
+    identity = _json(log_id)
+    service = _json(service_name)
+    shard = crc32(log_id.encode()) % shards
+    parts = [
+        b'{"log_id":{"S":%b},"log_type":{"S":%b},"service_name":{"S":%b},"log_timestamp":{"S":"%b"},'
+        b'"is_success":{"BOOL":%b},"h":{"B":"%b"},"gt":{"S":"%b#%b},"gs":{"S":"S#%b#%b#%d"}'
+        % (
+            identity,
+            _json(log_type),
+            service,
+            time,
+            b"true" if is_success else b"false",
+            binascii.b2a_base64(digest(record), newline=False),
+            time,
+            identity[1:],
+            service[1:-1],
+            time[:10],
+            shard,
+        )
+    ]
+    if request_data is not None:
+        parts.append(b',"request_data":{"S":%b}' % _json(request_data))
+    if response_data is not None:
+        parts.append(b',"response_data":{"S":%b}' % _json(response_data))
+    if error_message is not None:
+        parts.append(b',"error_message":{"S":%b}' % _json(error_message))
+    if user_id is not None:
+        parts.append(b',"user_id":{"S":%b}' % _json(user_id))
+    if status_code is not None:
+        parts.append(b',"status_code":{"N":"%d"}' % status_code)
+    if processing_time_ms is not None:
+        parts.append(b',"processing_time_ms":{"N":"%d"}' % processing_time_ms)
+    if application_id is not None:
+        parts.append(b',"application_id":{"N":"%d"},"ga":{"S":"A#%d"}' % (application_id, application_id))
+    if correlation_id is not None:
+        text = _json(correlation_id)
+        parts.append(b',"correlation_id":{"S":%b},"gc":{"S":"C#%b}' % (text, text[1:]))
+    if not is_success:
+        parts.append(b',"ge":{"S":"E#%b#%d"}' % (time[:10], shard))
+    if ttl_days is not None:
+        parts.append(b',"expires_at":{"N":"%d"}' % expires_at(log_timestamp, ttl_days))
+    parts.append(b"}")
+    return b"".join(parts)
+
+
+class _S(msgspec.Struct, gc=False):
+    S: str
+
+
+class _N(msgspec.Struct, gc=False):
+    N: str
+
+
+class _B(msgspec.Struct, gc=False):
+    B: bytes  # base64 in JSON
+
+
+class _Bool(msgspec.Struct, gc=False):
+    BOOL: bool
+
+
+class Item(msgspec.Struct, gc=False):
+    """An item as the service answers it; unknown attributes are passed over."""
+
+    log_id: _S
+    log_type: _S
+    service_name: _S
+    is_success: _Bool
+    log_timestamp: _S
+    application_id: _N | None = None
+    request_data: _S | None = None
+    response_data: _S | None = None
+    status_code: _N | None = None
+    error_message: _S | None = None
+    processing_time_ms: _N | None = None
+    correlation_id: _S | None = None
+    user_id: _S | None = None
+
+    def record(self) -> LogRecord:
+        """The record that this item holds. Raises ValueError where a number or the time is none of ours."""
+        return LogRecord(
+            self.log_id.S,
+            _integer(self.application_id),
+            self.log_type.S,
+            self.service_name.S,
+            _string(self.request_data),
+            _string(self.response_data),
+            _integer(self.status_code),
+            self.is_success.BOOL,
+            _string(self.error_message),
+            _integer(self.processing_time_ms),
+            parse_time_key(self.log_timestamp.S),
+            _string(self.correlation_id),
+            _string(self.user_id),
+        )
+
+
+class IndexEntry(msgspec.Struct, gc=False):
+    """What an index answers for: time, id and, where projected and asked for, the digest."""
+
+    gt: _S
+    h: _B | None = None
+
+
+def _integer(value: _N | None) -> int | None:
+    return None if value is None else int(value.N)
+
+
+def _string(value: _S | None) -> str | None:
+    return None if value is None else value.S
+
+
+def item_size(item: bytes) -> int:
+    """The size that DynamoDB counts, in bytes: UTF-8 of names and values (numbers: two digits a byte, plus one)."""
+    total = 0
+    for name, typed in msgspec.json.decode(item).items():
+        ((kind, value),) = typed.items()
+        total += len(name.encode())
+        if kind == "S":
+            total += len(value.encode())
+        elif kind == "N":
+            total += 2 + (len(value) + 1) // 2
+        elif kind == "B":
+            total += len(binascii.a2b_base64(value))
+        else:
+            total += 1
+    return total
+
+
+def fits(item: bytes) -> bool:
+    """True where the item is within DynamoDB's 400 KB. Its JSON is never shorter than what is counted."""
+    return len(item) <= MAX_ITEM_BYTES or item_size(item) <= MAX_ITEM_BYTES

@@ -1,0 +1,71 @@
+"""A local DynamoDB for tests: one server a session, tables of its own for each test.
+
+``DYNAMODB_TEST_ENDPOINT`` runs the same tests against another one (DynamoDB Local, or AWS with real credentials in the
+environment); tables made there are deleted after each test.
+"""
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from sidecar import settings
+from sidecar.clock import SystemClock
+from sidecar.embedded.dynamodb import REGION, EmbeddedDynamoDB
+from sidecar.stores.dynamodb import DynamoDBStore
+
+ENDPOINT = "DYNAMODB_TEST_ENDPOINT"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@pytest.fixture(scope="session")
+def dynamodb_server() -> Iterator[str]:
+    """The endpoint of a DynamoDB that lives as long as the session."""
+    given = os.environ.get(ENDPOINT)
+    if given:
+        yield given
+        return
+    server = EmbeddedDynamoDB()
+    with asyncio.Runner() as runner:
+        runner.run(server.start())
+    try:
+        yield server.endpoint_url
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def dynamodb_settings(dynamodb_server: str, monkeypatch: pytest.MonkeyPatch) -> settings.DynamoDB:
+    """Settings with names that no other test uses; fake credentials, unless the server was given."""
+    if ENDPOINT not in os.environ:
+        for name, value in CREDENTIALS.items():
+            monkeypatch.setenv(name, value)
+    suffix = uuid.uuid4().hex[:12]
+    return settings.DynamoDB(
+        table=f"logs-{suffix}",
+        fleet_table=f"fleet-{suffix}",
+        region=os.environ.get("AWS_REGION", REGION),
+        endpoint_url=dynamodb_server,
+    )
+
+
+@pytest.fixture
+async def dynamodb_store(dynamodb_settings: settings.DynamoDB) -> AsyncIterator[DynamoDBStore]:
+    """An empty store whose tables exist."""
+    store = DynamoDBStore(dynamodb_settings, clock=SystemClock())
+    try:
+        await store.create()
+        yield store
+    finally:
+        if ENDPOINT in os.environ:
+            await _delete(store, dynamodb_settings)
+        await store.close()
+
+
+async def _delete(store: DynamoDBStore, options: settings.DynamoDB) -> None:
+    async with store.wire.control() as client:
+        await client.update_table(TableName=options.table, DeletionProtectionEnabled=False)
+        for name in (options.table, options.fleet_table):
+            await client.delete_table(TableName=name)
