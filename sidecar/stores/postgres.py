@@ -1,0 +1,301 @@
+"""PostgreSQL as a store: idempotent batches in, ordered pages out.
+
+How a batch is written, and why it is right at each stage:
+
+1. *Optimistic*: one binary COPY straight into the table, where COPY has the effect of an insert (looked up when the
+   connection opens). It is one statement, so all of it is stored or none. The server says how many rows it took.
+2. Where a key is already there (23505), or fewer rows were taken than sent, or COPY will not do: one INSERT of arrays
+   with ``ON CONFLICT (log_id) DO NOTHING RETURNING log_id``. What it did not insert is read back and compared:
+   equal content is success, other content is a CONFLICT, nothing there at all means that a trigger or policy of the
+   table swallowed the row (UNKNOWN).
+3. An error of data stores nothing of the batch and surfaces as PERMANENT for the caller to bisect. A connection
+   lost around the commit is TRANSIENT: the repetition meets its own rows in stage 2 and converges.
+
+After a batch that met its own rows the next one starts at stage 2, until one meets none: a replay after a crash
+costs one statement per batch, not two.
+
+Times travel as plain integers (see ``postgres_connections``); ``uuid``s as text.
+"""
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, Final
+
+import asyncpg
+
+from sidecar.clock import Clock
+from sidecar.errors import RetryClass, StoreError
+from sidecar.phase import POSTGRES, StoreName
+from sidecar.record import FIELDS, LogRecord, digest
+from sidecar.settings import Postgres
+from sidecar.stores import postgres_schema
+from sidecar.stores.base import (
+    ByApplication,
+    ByCorrelation,
+    ByService,
+    Check,
+    CountQuery,
+    ErrorsOn,
+    Failure,
+    Position,
+    Query,
+    ScanEntry,
+    WriteLimits,
+    WriteResult,
+)
+from sidecar.stores.identifiers import checked, quoted
+from sidecar.stores.postgres_connections import PG_EPOCH_US, Connections, Link
+
+_DAY_US: Final = 86_400_000_000
+_NEWEST: Final = Position((3_000_000 * _DAY_US), "00000000-0000-0000-0000-000000000000")
+"""After every record that can be: the year 10183."""
+_SCAN_ROWS: Final = 1_000  # of one page of a scan
+_SCAN_BYTES: Final = 4 * 1024 * 1024  # of its payloads, one record at least
+_ARRAYS: Final = {
+    "log_id": "uuid",
+    "application_id": "bigint",
+    "status_code": "integer",
+    "is_success": "boolean",
+    "processing_time_ms": "bigint",
+    "log_timestamp": "timestamptz",
+}
+"""Element types of the arrays of an insert; ``text`` otherwise, so that the column's length is checked, not cut."""
+
+
+_SWALLOWED: Final = "neither inserted nor present: a trigger or a policy of the table discards it"
+_OTHER_CONTENT: Final = "the same log_id is stored with other content"
+
+
+class _Statements:
+    """The SQL of one table, written once."""
+
+    def __init__(self, relation: str) -> None:
+        names = ", ".join(quoted(f) for f in FIELDS)
+        arrays = ", ".join(f"${n}::{_ARRAYS.get(f, 'text')}[]" for n, f in enumerate(FIELDS, 1))
+        out = ", ".join(f"t.{quoted(f)}" for f in FIELDS)
+        page = "ORDER BY t.log_timestamp DESC, t.log_id DESC LIMIT $1"
+        before = "(t.log_timestamp, t.log_id) < ($2, $3)"
+        source = f"FROM {relation} t WHERE"
+        sizes = " + ".join(
+            f"coalesce(octet_length({f}), 0)" for f in ("request_data", "response_data", "error_message")
+        )
+        self.insert = (
+            f"INSERT INTO {relation} ({names}) SELECT * FROM unnest({arrays}) "
+            "ON CONFLICT (log_id) DO NOTHING RETURNING log_id"
+        )
+        self.ping = f"INSERT INTO {relation} ({names}) SELECT {names} FROM {relation} WHERE false"
+        self.stored = f"SELECT {out} {source} t.log_id = ANY($1::uuid[])"
+        self.get = f"SELECT {out} {source} t.log_id = $1"
+        self.pages = {
+            ByApplication: f"SELECT {out} {source} t.application_id = $4 AND {before} {page}",
+            ByCorrelation: f"SELECT {out} {source} t.correlation_id = $4 AND {before} {page}",
+            ByService: (
+                f"SELECT {out} {source} t.service_name = $4 AND t.log_timestamp >= $5 AND t.log_timestamp <= $6 "
+                f"AND {before} {page}"
+            ),
+            ErrorsOn: (
+                f"SELECT {out} {source} NOT t.is_success AND t.log_timestamp >= $4 AND t.log_timestamp < $5 "
+                f"AND {before} {page}"
+            ),
+        }
+        self.count = f"SELECT count(*) {source} t.log_timestamp >= $1 AND t.log_timestamp <= $2"
+        # A page of a scan ends at so many rows or so many bytes; octet_length does not fetch a TOASTed value.
+        self.scan = (
+            f"SELECT {out} FROM (SELECT p.*, sum({sizes}) OVER (ORDER BY log_timestamp, log_id) - ({sizes}) AS ahead "
+            f"FROM (SELECT * {source} t.log_timestamp < $2 AND (t.log_timestamp, t.log_id) > ($1, $3) "
+            f"ORDER BY t.log_timestamp, t.log_id LIMIT {_SCAN_ROWS}) p) t "
+            f"WHERE t.ahead < {_SCAN_BYTES} ORDER BY t.log_timestamp, t.log_id"
+        )
+
+
+class PostgresStore:
+    """``stores.base.Store`` on one table. Opening does not connect.
+
+    Args:
+        options: where to and how.
+        clock: for idle connections.
+
+    Raises:
+        ConfigError: ``postgres.schema`` or ``postgres.table`` is no plain identifier.
+    """
+
+    def __init__(self, options: Postgres, *, clock: Clock) -> None:
+        self._schema = checked("postgres.schema", options.schema)
+        self._table = checked("postgres.table", options.table)
+        relation = quoted(self._schema, self._table)
+        self._sql = _Statements(relation)
+        self._writers = Connections(options, relation=relation, size=options.write_connections, clock=clock)
+        self._readers = Connections(options, relation=relation, size=options.read_connections, clock=clock)
+        self._limits = WriteLimits(options.batch_records, options.batch_bytes, options.write_connections)
+        self._optimistic = True
+
+    @property
+    def name(self) -> StoreName:
+        """Return ``postgres``."""
+        return POSTGRES
+
+    @property
+    def limits(self) -> WriteLimits:
+        """As configured: one batch in flight per write connection."""
+        return self._limits
+
+    async def write(self, batch: Sequence[LogRecord]) -> WriteResult:
+        """Copy, else insert and compare: the stages of this module."""
+        if not batch:
+            return WriteResult()
+        if len(batch) > self._limits.max_records:
+            raise StoreError(  # PERMANENT makes the caller bisect, which mends it
+                POSTGRES,
+                RetryClass.PERMANENT,
+                f"{len(batch)} records in one batch, at most {self._limits.max_records}",
+            )
+        if self._optimistic and await self._copy(batch):
+            return WriteResult()
+        inserted = await self._insert(batch)
+        if len(inserted) == len(batch):
+            self._optimistic = True
+            return WriteResult()
+        self._optimistic = False
+        ids = {record.log_id for record in batch}
+        # The same id twice in one batch breaks the port's rule; comparing all of it keeps the breach from hiding.
+        known = inserted if len(ids) == len(batch) else set()
+        return WriteResult(await self._compare([(i, r) for i, r in enumerate(batch) if r.log_id not in known]))
+
+    async def put_if_absent(self, batch: Sequence[LogRecord]) -> Sequence[bool]:
+        """One insert that skips what is there; nothing is compared."""
+        if not batch:
+            return ()
+        inserted = await self._insert(batch)
+        return [record.log_id in inserted for record in batch]
+
+    async def get(self, log_id: str) -> LogRecord | None:
+        """Strongly consistent where ``postgres.host`` is the primary."""
+        rows = await self._fetch(self._sql.get, log_id)
+        return _records(rows)[0] if rows else None
+
+    async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
+        """One walk along the index that serves the query."""
+        time, log_id = before or _NEWEST
+        rows = await self._fetch(self._sql.pages[type(query)], limit, time - PG_EPOCH_US, log_id, *_arguments(query))
+        return _records(rows)
+
+    async def count(self, query: CountQuery) -> int:
+        """Count at the server, in one statement."""
+        sql = self._sql.count
+        arguments: list[object] = [query.start - PG_EPOCH_US, query.end - PG_EPOCH_US]
+        if query.service_name is not None:
+            arguments.append(query.service_name)
+            sql += f" AND t.service_name = ${len(arguments)}"
+        if query.is_success is not None:
+            sql += " AND t.is_success" if query.is_success else " AND NOT t.is_success"
+        number: int = (await self._fetch(sql, *arguments))[0][0]
+        return number
+
+    async def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+        """Pages by (time, id), each at most 1,000 records and about 4 MiB of payloads."""
+        # Pages of their own statements: no transaction stays open while the caller takes its time, so nothing holds
+        # back the server's vacuum, and a pooler may give each page another server connection.
+        time, log_id = start - 1, "ffffffff-ffff-ffff-ffff-ffffffffffff"  # (time, id) is the last one seen
+        while rows := await self._fetch(self._sql.scan, time - PG_EPOCH_US, end - PG_EPOCH_US, log_id):
+            for record in _records(rows):
+                time, log_id = record.log_timestamp, record.log_id
+                yield ScanEntry(time, log_id, digest(record))
+
+    async def ping(self) -> None:
+        """Insert nothing: rights, columns, and a server that takes writes are all asked for."""
+        await self._writers.run(lambda link: link.connection.execute(self._sql.ping))
+
+    async def create(self) -> Sequence[str]:
+        """Make schema, table and indexes where missing."""
+        return await self._writers.run(lambda link: postgres_schema.create(link.connection, self._schema, self._table))
+
+    async def check(self) -> Sequence[Check]:
+        """Compare encoding, table, columns, rights, key and indexes with what is needed."""
+        return await self._readers.run(lambda link: postgres_schema.check(link.connection, self._schema, self._table))
+
+    async def close(self) -> None:
+        """End all connections; at most two seconds."""
+        await self._writers.close()
+        await self._readers.close()
+
+    async def _copy(self, batch: Sequence[LogRecord]) -> bool:
+        """True where the whole batch is in; False where stage 2 must look."""
+
+        async def copy(link: Link) -> bool:
+            if not link.copies:
+                return False
+            taken: str = await link.connection.copy_records_to_table(
+                self._table, schema_name=self._schema, columns=FIELDS, records=_rows(batch)
+            )
+            return taken == f"COPY {len(batch)}"
+
+        try:
+            return await self._writers.run(copy)
+        except StoreError as error:
+            if error.code == asyncpg.UniqueViolationError.sqlstate:
+                return False
+            raise
+
+    async def _insert(self, batch: Sequence[LogRecord]) -> set[str]:
+        """Insert what is not there; the ids that this call inserted."""
+        columns = tuple(zip(*_rows(batch), strict=True))
+        rows = await self._writers.run(lambda link: link.connection.fetch(self._sql.insert, *columns))
+        return {str(row[0]) for row in rows}
+
+    async def _compare(self, records: Sequence[tuple[int, LogRecord]]) -> Sequence[Failure]:
+        """Look at what stands in the place of records that were not inserted."""
+        ids = [record.log_id for _, record in records]
+        rows = await self._writers.run(lambda link: link.connection.fetch(self._sql.stored, ids))
+        stored = {found.log_id: found for found in _records(rows)}
+        failures = []
+        for index, record in records:
+            found = stored.get(record.log_id)
+            if found is None:
+                failures.append(Failure(index, RetryClass.UNKNOWN, _SWALLOWED))
+            elif found != record:
+                failures.append(Failure(index, RetryClass.CONFLICT, _OTHER_CONTENT))
+        return failures
+
+    async def _fetch(self, sql: str, *arguments: object) -> Sequence[asyncpg.Record]:
+        return await self._readers.run(lambda link: link.connection.fetch(sql, *arguments))
+
+
+def _rows(batch: Sequence[LogRecord]) -> Sequence[tuple[object, ...]]:
+    """The records as rows in the order of FIELDS, the time counted from PostgreSQL's epoch."""
+    return [
+        (
+            r.log_id,
+            r.application_id,
+            r.log_type,
+            r.service_name,
+            r.request_data,
+            r.response_data,
+            r.status_code,
+            r.is_success,
+            r.error_message,
+            r.processing_time_ms,
+            r.log_timestamp - PG_EPOCH_US,
+            r.correlation_id,
+            r.user_id,
+        )
+        for r in batch
+    ]
+
+
+def _records(rows: Iterable[Any]) -> list[LogRecord]:
+    """Rows in the order of FIELDS as records; unpacked in one place, which is the fastest way."""
+    return [
+        LogRecord(str(a), b, c, d, e, f, g, h, i, j, us + PG_EPOCH_US, k, m)
+        for a, b, c, d, e, f, g, h, i, j, us, k, m in rows
+    ]
+
+
+def _arguments(query: Query) -> tuple[object, ...]:
+    match query:
+        case ByApplication(application_id):
+            return (application_id,)
+        case ByCorrelation(correlation_id):
+            return (correlation_id,)
+        case ByService(service_name, start, end):
+            return service_name, start - PG_EPOCH_US, end - PG_EPOCH_US
+        case ErrorsOn(day):
+            return day * _DAY_US - PG_EPOCH_US, (day + 1) * _DAY_US - PG_EPOCH_US
