@@ -79,9 +79,10 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    loaded = _load(args)
     from sidecar import app  # noqa: PLC0415  (drivers are imported only by the verbs that use them)
 
-    return _run(app.serve(_load(args)))
+    return _run(app.serve(loaded))
 
 
 def _dev(args: argparse.Namespace) -> int:
@@ -91,9 +92,10 @@ def _dev(args: argparse.Namespace) -> int:
 
 
 def _init_stores(args: argparse.Namespace) -> int:
+    loaded = _load(args)
     from sidecar import app  # noqa: PLC0415  (as above)
 
-    return _run(app.init_stores(_load(args)))
+    return _run(app.init_stores(loaded))
 
 
 def _validate_config(args: argparse.Namespace) -> int:
@@ -127,7 +129,7 @@ VERBS: Final[Sequence[Verb]] = (
 )
 
 
-def build_parser(verbs: Sequence[Verb] = VERBS) -> argparse.ArgumentParser:
+def build_parser(verbs: Sequence[Verb]) -> argparse.ArgumentParser:
     """The parser of the whole command line; a usage error exits with 2, as argparse does."""
     parser = argparse.ArgumentParser(
         prog="sidecar", description="Moves an application's logs from PostgreSQL to DynamoDB without losing one."
@@ -145,9 +147,9 @@ def exit_code(error: SidecarError) -> int:
     return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), EXIT_NEGATIVE)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, verbs: Sequence[Verb] = VERBS) -> int:
     """Run one verb and return its exit code; an error of the tree becomes one line on stderr."""
-    args = build_parser().parse_args(argv)
+    args = build_parser(verbs).parse_args(argv)
     try:
         return int(args.run(args))
     except SidecarError as error:
