@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Final
 
 import asyncpg
+import msgspec
 
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
@@ -119,6 +120,8 @@ class PostgresStore:
     """
 
     def __init__(self, options: Postgres, *, clock: Clock) -> None:
+        self._options = options
+        self._clock = clock
         self._schema = checked("postgres.schema", options.schema)
         self._table = checked("postgres.table", options.table)
         relation = quoted(self._schema, self._table)
@@ -206,7 +209,27 @@ class PostgresStore:
 
     async def create(self) -> Sequence[str]:
         """Make schema, table and indexes where missing."""
-        return await self._writers.run(lambda link: postgres_schema.create(link.connection, self._schema, self._table))
+        done, missing = await self._writers.run(
+            lambda link: postgres_schema.create(link.connection, self._schema, self._table), whole=False
+        )
+        if not missing:
+            return done
+        patient = Connections(
+            msgspec.structs.replace(self._options, command_timeout=postgres_schema.INDEX_SECONDS),
+            relation=quoted(self._schema, self._table),
+            size=1,
+            clock=self._clock,
+        )
+        try:
+            for index in missing:
+
+                async def add(link: Link, index: postgres_schema.Index = index) -> Sequence[str]:
+                    return await postgres_schema.add_index(link.connection, self._schema, self._table, index)
+
+                done = [*done, *await patient.run(add, whole=False)]
+        finally:
+            await patient.close()
+        return done
 
     async def check(self) -> Sequence[Check]:
         """Compare encoding, table, columns, rights, key and indexes with what is needed."""

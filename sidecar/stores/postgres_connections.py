@@ -2,12 +2,15 @@
 
 Invariants:
 
-* At most ``size`` connections are open or being opened.
+* At most ``size`` connections are open or being opened, besides those that are being given up.
 * A connection is used again only where its conversation is known to be at rest: an error other than the server's
-  plain answer, a cancellation or an open transaction ends it at once, without waiting for the far side.
+  plain answer, a cancellation or an open transaction ends it. After a timeout or a cancellation the server is asked to
+  cancel the command, in the background; where it does not hear that, ``statement_timeout`` ends it, so that commands
+  that wait for a lock do not pile up.
 * The password file is read for every new connection (IAM tokens live 15 minutes).
 * With a transaction pooler (``pgbouncer``) each piece of work is one transaction and no prepared statement outlives
   it, so that its messages reach one server connection.
+* A server that would confirm commits before they are on its disk (``synchronous_commit = off``) is told not to.
 * No wait without a bound: connecting by ``connect_timeout``, waiting for a free connection by the same, a command by
   ``command_timeout``, closing by ``CLOSE_SECONDS``.
 
@@ -32,6 +35,7 @@ from sidecar.stores.postgres_errors import spends_connection, translate
 
 APPLICATION: Final = "hybrid-log-sidecar"
 CLOSE_SECONDS: Final = 2.0
+_GRACE_MS: Final = 1_000  # the server's bound lies above ours: who gives up first knows why
 PG_EPOCH_US: Final = 946_684_800_000_000
 """2000-01-01 in microseconds since 1970: what PostgreSQL counts a timestamptz from."""
 
@@ -45,7 +49,7 @@ class Link:
 
     connection: Connection
     copies: bool  # COPY into the table has the effect of an insert: a plain table, no trigger, rule or policy
-    raise_durability: bool  # the server's default would confirm a commit before it is on its disk
+    settings: tuple[str, ...]  # what is to be set here, ``name = value``
 
 
 class Connections:
@@ -65,11 +69,16 @@ class Connections:
         self._free = asyncio.Semaphore(size)
         self._idle: list[tuple[Link, float]] = []  # the longest idle first; taken from the end
         self._used: set[Link] = set()
+        self._partings: set[asyncio.Task[None]] = set()
         self._closer: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def run(self, work: Callable[[Link], Awaitable[T]]) -> T:
-        """Do ``work`` with a connection of its own; in one transaction where a pooler stands between.
+    async def run(self, work: Callable[[Link], Awaitable[T]], *, whole: bool = True) -> T:
+        """Do ``work`` with a connection of its own.
+
+        Args:
+            work: what to do.
+            whole: with a pooler, in one transaction; False for work that makes its own.
 
         Raises:
             StoreError: whatever went wrong, translated.
@@ -78,7 +87,7 @@ class Connections:
         if failure is not None:
             raise failure
         try:
-            outcome = await self._run(work)
+            outcome = await self._run(work, whole=whole)
         finally:
             self._free.release()
         if isinstance(outcome, StoreError):
@@ -95,7 +104,7 @@ class Connections:
         for link in self._used:
             link.connection.terminate()
         idle, self._idle = self._idle, []
-        await asyncio.gather(*(_part(link) for link, _ in idle))
+        await asyncio.gather(*(_part(link) for link, _ in idle), *self._partings)
 
     async def _acquire(self) -> StoreError | None:
         if self._closed:
@@ -107,7 +116,7 @@ class Connections:
             return StoreError(POSTGRES, RetryClass.THROTTLE, "all connections of this sidecar are at work")
         return None
 
-    async def _run(self, work: Callable[[Link], Awaitable[T]]) -> T | StoreError:
+    async def _run(self, work: Callable[[Link], Awaitable[T]], *, whole: bool) -> T | StoreError:
         link = self._reuse()
         if link is None:
             opened = await self._open()
@@ -116,20 +125,17 @@ class Connections:
             link = opened
         self._used.add(link)
         try:
-            if self._options.pgbouncer:
-                async with link.connection.transaction():
-                    if link.raise_durability:
-                        await link.connection.execute("SET LOCAL synchronous_commit = on")
-                    outcome = await work(link)
+            if whole and self._options.pgbouncer:
+                outcome = await _in_transaction(link, work)
             else:
                 outcome = await work(link)
         except BaseException as error:
             # Everything, a cancellation too, decides whether the connection lives on.
-            self._put_back(link, spent=spends_connection(error))
+            self._put_back(link, error)
             if not isinstance(error, Exception):
                 raise
             return error if isinstance(error, StoreError) else translate(error)
-        self._put_back(link, spent=False)
+        self._put_back(link, None)
         return outcome
 
     def _reuse(self) -> Link | None:
@@ -140,15 +146,25 @@ class Connections:
             link.connection.terminate()
         return None
 
-    def _put_back(self, link: Link, *, spent: bool) -> None:
+    def _put_back(self, link: Link, error: BaseException | None) -> None:
         self._used.discard(link)
         connection = link.connection
-        if spent or self._closed or connection.is_closed() or connection.is_in_transaction():
+        if not connection.is_closed() and isinstance(error, (TimeoutError, asyncio.CancelledError)):
+            # The driver sends the request to cancel by a connection of its own: give it a moment.
+            parting = asyncio.create_task(_part(link), name="postgres-part")
+            self._partings.add(parting)
+            parting.add_done_callback(self._partings.discard)
+        elif (
+            self._closed
+            or connection.is_closed()
+            or connection.is_in_transaction()
+            or (error is not None and spends_connection(error))
+        ):
             connection.terminate()
-            return
-        self._idle.append((link, self._clock.monotonic()))
-        if self._closer is None or self._closer.done():
-            self._closer = asyncio.create_task(self._close_idle(), name="postgres-idle-close")
+        else:
+            self._idle.append((link, self._clock.monotonic()))
+            if self._closer is None or self._closer.done():
+                self._closer = asyncio.create_task(self._close_idle(), name="postgres-idle-close")
 
     async def _close_idle(self) -> None:
         while self._idle:
@@ -185,16 +201,8 @@ class Connections:
                 max_cached_statement_lifetime=0,  # for ever: a handful of statements
                 server_settings={"application_name": APPLICATION},
             )
-            # A timestamptz is an int64 of microseconds on the wire: as a plain number it costs no datetime objects.
-            await connection.set_builtin_type_codec(
-                "timestamptz", schema="pg_catalog", codec_name="int8", format="binary"
-            )
-            async with connection.transaction(readonly=True):
-                found = await connection.fetchrow(_PROBE, self._relation)
-            weak = found is not None and found["weak"]
-            if weak and not options.pgbouncer:
-                await connection.execute("SET synchronous_commit = on")
-            return Link(connection, found is not None and found["copies"], weak)
+            async with asyncio.timeout(options.connect_timeout):
+                return await self._look(connection)
         except BaseException as error:
             # Everything, a cancellation too, ends the half-open connection.
             if connection is not None:
@@ -202,6 +210,44 @@ class Connections:
             if not isinstance(error, Exception):
                 raise
             return translate(error, connecting=True)
+
+    async def _look(self, connection: Connection) -> Link:
+        """Make a fresh connection ready, and see what the table is like."""
+        # A timestamptz is an int64 of microseconds on the wire: as a plain number it costs no datetime objects.
+        await connection.set_builtin_type_codec("timestamptz", schema="pg_catalog", codec_name="int8", format="binary")
+        longest = int(self._options.command_timeout * 1000) + _GRACE_MS
+
+        async def look(link: Link) -> asyncpg.Record | None:
+            return await link.connection.fetchrow(_PROBE, self._relation, longest)
+
+        link = Link(connection, copies=False, settings=())
+        found = await (_in_transaction(link, look) if self._options.pgbouncer else look(link))
+        if found is None:
+            return link
+        wanted = []
+        if found["weak"]:
+            wanted.append("synchronous_commit = on")
+        if found["patient"]:
+            wanted.append(f"statement_timeout = {longest}")
+        if wanted and not self._options.pgbouncer:
+            await connection.execute("; ".join(f"SET {each}" for each in wanted))
+        return Link(connection, found["copies"], tuple(wanted))
+
+
+async def _in_transaction(link: Link, work: Callable[[Link], Awaitable[T]]) -> T:
+    """One transaction; where it fails in any way but the server's answer, its end is the connection's."""
+    transaction = link.connection.transaction()
+    await transaction.start()
+    if link.settings:
+        await link.connection.execute("; ".join(f"SET LOCAL {each}" for each in link.settings))
+    try:
+        outcome = await work(link)
+    except asyncpg.PostgresError as error:
+        if not spends_connection(error) and not link.connection.is_closed():
+            await transaction.rollback()
+        raise
+    await transaction.commit()
+    return outcome
 
 
 def unique_on_log_id(relation: str) -> str:
@@ -214,6 +260,7 @@ def unique_on_log_id(relation: str) -> str:
 
 _PROBE: Final = f"""
 SELECT current_setting('synchronous_commit') = 'off' AS weak,
+       (SELECT setting::bigint NOT BETWEEN 1 AND $2 FROM pg_settings WHERE name = 'statement_timeout') AS patient,
        coalesce(c.relkind IN ('r', 'p')
            AND NOT row_security_active(c.oid)
            AND NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND NOT g.tgisinternal)
@@ -228,7 +275,7 @@ async def _part(link: Link) -> None:
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             await link.connection.close()
-    except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+    except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
         pass  # the far side does not answer; nothing of ours is lost with a connection at rest
     finally:
         link.connection.terminate()

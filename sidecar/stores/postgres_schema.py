@@ -23,7 +23,8 @@ from sidecar.stores.identifiers import quoted, suffixed
 from sidecar.stores.postgres_connections import Connection, unique_on_log_id
 
 _LOCK: Final = 0x5349_4445_4341_5200  # "SIDECAR\0": one creation at a time per database
-_DDL_SECONDS: Final = 24 * 3600.0  # an index on a large table takes its time; the operator ends it
+INDEX_SECONDS: Final = 24 * 3600.0
+"""How long one index on a table with rows may take."""
 
 
 class Column(NamedTuple):
@@ -108,11 +109,14 @@ def create_index(schema: str, table: str, index: Index, *, concurrently: bool = 
     return f"CREATE INDEX {how}IF NOT EXISTS {name} ON {quoted(schema, table)} {index.definition}"
 
 
-async def create(connection: Connection, schema: str, table: str) -> Sequence[str]:
-    """Make schema, table and indexes where missing; returns what was done. Safe beside another ``create``."""
+async def create(connection: Connection, schema: str, table: str) -> tuple[Sequence[str], Sequence[Index]]:
+    """Make schema and table where missing; what was done, and which indexes an older table lacks.
+
+    Safe beside another ``create``: one at a time per database.
+    """
     done: list[str] = []
     async with connection.transaction():
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
+        await connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")
         if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", quoted(schema)):
             await connection.execute(f"CREATE SCHEMA {quoted(schema)}")
             done.append(f"schema {schema}")
@@ -122,17 +126,17 @@ async def create(connection: Connection, schema: str, table: str) -> Sequence[st
             for index in INDEXES:
                 await connection.execute(create_index(schema, table, index))
                 done.append(f"index {suffixed(table, index.suffix)}")
-    there = await _indexes(connection, schema, table)
-    for index in INDEXES:
-        name = suffixed(table, index.suffix)
-        if name in there:
-            continue
-        try:
-            await connection.execute(create_index(schema, table, index, concurrently=True), timeout=_DDL_SECONDS)
-        except (asyncpg.DuplicateTableError, asyncpg.UniqueViolationError):
-            continue  # another sidecar makes the same one at this moment
-        done.append(f"index {name}")
-    return done
+        there = await _indexes(connection, schema, table)
+    return done, [index for index in INDEXES if suffixed(table, index.suffix) not in there]
+
+
+async def add_index(connection: Connection, schema: str, table: str, index: Index) -> Sequence[str]:
+    """Give a table with rows one index while writes go on; not in a transaction. What was done."""
+    try:
+        await connection.execute(create_index(schema, table, index, concurrently=True))
+    except (asyncpg.DuplicateTableError, asyncpg.UniqueViolationError):
+        return ()  # another sidecar makes the same one at this moment
+    return (f"index {suffixed(table, index.suffix)}",)
 
 
 async def check(connection: Connection, schema: str, table: str) -> Sequence[Check]:
