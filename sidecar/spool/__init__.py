@@ -14,6 +14,7 @@ THE PART'S CONTRACT (the on-disk format and its invariants stand in ``spool/sche
 
 from sidecar.spool.spool import Spool
 from sidecar.spool.types import (
+    AuditLine,
     Counters,
     Cursor,
     DeadLetter,
@@ -21,11 +22,16 @@ from sidecar.spool.types import (
     Frame,
     Leftover,
     Obligation,
+    Receipt,
     RecordStatus,
+    RecoveryReport,
+    ReleasePlan,
+    Seen,
     SpoolState,
 )
 
 __all__ = [
+    "AuditLine",
     "Counters",
     "Cursor",
     "DeadLetter",
@@ -33,7 +39,11 @@ __all__ = [
     "Frame",
     "Leftover",
     "Obligation",
+    "Receipt",
     "RecordStatus",
+    "RecoveryReport",
+    "ReleasePlan",
+    "Seen",
     "Spool",
     "SpoolState",
 ]

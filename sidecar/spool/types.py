@@ -1,6 +1,6 @@
 """What goes into and comes out of the spool: frozen values, and the two interfaces that the other layers call."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -26,6 +26,52 @@ class Obligation:
     def owed(self) -> frozenset[str]:
         """All names, required and best-effort."""
         return self.required | self.best_effort
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What ``append`` hands back: the frames that hold the records of that call, and to whom they are owed."""
+
+    seqs: tuple[int, ...]
+    obligation: Obligation
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryReport:
+    """What opening found and did (P9). A spool that was stopped in order reports nothing but ``unclean=False``."""
+
+    unclean: bool  # the last process did not stop in order
+    quarantined: int  # records that were accepted and cannot be found or read now, added to the counters
+    wal_damage: int  # damaged spots of the write-ahead log; 1 for a missing one
+    salvaged: int  # records taken over from damaged files
+    lower_bound: bool  # ``quarantined`` could not be counted exactly
+    messages: tuple[str, ...] = ()  # one clear line each, fit for the log
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasePlan:
+    """The oldest backlog of a best-effort store that may be released, for one line in the gap ledger.
+
+    ``hours`` counts the records by UTC hour of log_timestamp (hours since the epoch).
+    """
+
+    store: str
+    seqs: tuple[int, ...]
+    hours: Mapping[int, int]
+    records: int
+    size: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AuditLine:
+    """One line of the spool's audit trail."""
+
+    key: int
+    at_us: int
+    who: str
+    what: str
+    why: str
+    evidence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +176,7 @@ class SpoolState:
     capacity_bytes: int
     free_disk_bytes: int
     accepting: bool  # False: ``append`` raises Busy
-    busy_reason: str  # "", "spool_full", "disk_full"
+    busy_reason: str  # "", "spool_full", "disk_full", "spool_slow" (commits lag, too much waits in memory)
     commit_seconds_last: float
     quarantined_records: int
     wal_damage: int

@@ -1,0 +1,232 @@
+"""The directory that the spool lives in: who may use it, whether it is durable, how much room there is."""
+
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+from zlib import crc32
+
+from sidecar.errors import SpoolLocked, SpoolRefused
+
+DATABASE: Final = "spool.db"
+WAL: Final = "spool.db-wal"
+REPAIR: Final = "repair"
+BALLAST: Final = "ballast"
+_VOLATILE: Final = frozenset(
+    {"tmpfs", "ramfs", "overlay", "overlayfs", "aufs", "nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph-fuse"}
+)
+_MOUNTINFO: Final = Path("/proc/self/mountinfo")
+
+
+def sync_directory(directory: Path) -> None:
+    """Fsync a directory, so that the names in it survive a power cut."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Fsync a file by name."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def prepare(directory: Path) -> None:
+    """Make the directory (0700) durable; close it to others where it is ours.
+
+    A mount point that belongs to root (an emptyDir) cannot be changed; the files in it are 0600 all the same.
+
+    Raises:
+        SpoolRefused: it cannot be made or written.
+    """
+    try:
+        missing = [p for p in (directory, *directory.parents) if not p.exists()]
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for made in missing:
+            sync_directory(made.parent)
+        status = directory.stat()
+        if status.st_uid == os.geteuid() and status.st_mode & 0o077:
+            directory.chmod(0o700)
+    except OSError as exc:
+        raise SpoolRefused(
+            f"spool.directory: {directory}: {exc.strerror}; give the sidecar's user this directory"
+        ) from exc
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        raise SpoolRefused(f"spool.directory: {directory} is not writable for uid {os.geteuid()}; change its owner")
+
+
+def file_system(directory: Path, mountinfo: Path = _MOUNTINFO) -> str:
+    """The type of the file system that holds ``directory`` (``ext4``); "" where the system does not say."""
+    try:
+        lines = mountinfo.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except FileNotFoundError:
+        return ""
+    target = directory.resolve()
+    best, kind = -1, ""
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        fields = left.split(" ")
+        if len(fields) < 5 or not right:  # noqa: PLR2004  (mount point is the fifth field of mountinfo)
+            continue
+        point = fields[4].encode().decode("unicode_escape") if "\\" in fields[4] else fields[4]
+        if target.is_relative_to(point) and len(point) >= best:  # of equals the last is on top
+            best, kind = len(point), right.split(" ")[0]
+    return kind
+
+
+def require_durable(directory: Path, *, allow_volatile: bool, mountinfo: Path = _MOUNTINFO) -> None:
+    """Refuse a file system that forgets (tmpfs, overlay) or whose locks and fsync are not to be trusted (NFS).
+
+    Raises:
+        SpoolRefused: unless ``allow_volatile``.
+    """
+    kind = file_system(directory, mountinfo)
+    if kind in _VOLATILE and not allow_volatile:
+        raise SpoolRefused(
+            f"spool.directory: {directory} is on {kind}, which does not keep what was acknowledged;"
+            " mount a disk there (emptyDir, PVC), or set spool.allow_volatile for a test"
+        )
+
+
+def create_private(path: Path) -> None:
+    """Create an empty file with mode 0600 where there is none; SQLite gives its log the same mode."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.fchmod(fd, 0o600)
+    finally:
+        os.close(fd)
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user may still write on the file system."""
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+class Lock:
+    """An flock held for the life of the process that owns the spool; the kernel frees it, whatever happens."""
+
+    def __init__(self, directory: Path) -> None:
+        """Take it.
+
+        Raises:
+            SpoolLocked: another process has it.
+        """
+        self._fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            os.close(self._fd)
+            raise SpoolLocked(
+                f"spool.directory: {directory} is in use by another sidecar; use its control API, or stop it"
+            ) from exc
+
+    def release(self) -> None:
+        """Give it back; idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+OPENING: Final = 1  # being created, or stopped in order before: nothing was acknowledged since
+RUNNING: Final = 2  # may have acknowledged commits that are only in the write-ahead log
+CLEAN: Final = 3
+_SLOTS: Final = 10
+_LAYOUT: Final = struct.Struct(f"<4sIQ{_SLOTS}Q")
+_MAGIC: Final = b"HLP1"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What ``position`` says: the state, the last acknowledged seq, records accepted per store bit."""
+
+    state: int
+    seq: int
+    accepted: tuple[int, ...]
+
+
+class Position:
+    """The small file that remembers how far acknowledgements went; not fsynced, so it may only be too low."""
+
+    def __init__(self, directory: Path) -> None:
+        self._fd = os.open(directory / "position", os.O_RDWR | os.O_CREAT, 0o600)
+
+    @staticmethod
+    def read(directory: Path) -> Mark | None:
+        """What the last process left; None where there is no readable position."""
+        try:
+            data = (directory / "position").read_bytes()
+        except FileNotFoundError:
+            return None
+        body, tail = data[: _LAYOUT.size], data[_LAYOUT.size : _LAYOUT.size + 4]
+        if len(tail) != 4 or body[:4] != _MAGIC or crc32(body) != int.from_bytes(tail, "little"):  # noqa: PLR2004
+            return None
+        _, state, seq, *accepted = _LAYOUT.unpack(body)
+        return Mark(state, seq, tuple(accepted))
+
+    def write(self, state: int, seq: int, accepted: dict[int, int]) -> None:
+        """Overwrite in place: about a microsecond."""
+        slots = [accepted.get(bit, 0) for bit in range(_SLOTS)]
+        body = _LAYOUT.pack(_MAGIC, state, seq, *slots)
+        os.pwrite(self._fd, body + crc32(body).to_bytes(4, "little"), 0)
+
+    def sync(self) -> Self:
+        """fsync: at a change of state."""
+        os.fsync(self._fd)
+        return self
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Ballast:
+    """A file that only takes room, to be given up when the disk is full, so that drains can go on."""
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self._path = directory / BALLAST
+        self._directory = directory
+        self._size = size
+
+    @property
+    def whole(self) -> bool:
+        """True where it is there in full (always, where it is switched off with 0 bytes)."""
+        try:
+            return self._path.stat().st_size >= self._size
+        except FileNotFoundError:
+            return self._size == 0
+
+    def make(self) -> bool:
+        """Make it where there is twice its room; returns whether it is there now."""
+        if self.whole:
+            return True
+        if free_bytes(self._directory) < 2 * self._size:
+            return False
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, self._size)
+            os.fsync(fd)
+        except OSError:  # no room after all: the file must not stay half made
+            self._path.unlink(missing_ok=True)
+            return False
+        finally:
+            os.close(fd)
+        sync_directory(self._directory)
+        return True
+
+    def drop(self) -> bool:
+        """Give the room back; returns whether there was any."""
+        try:
+            self._path.unlink()
+        except FileNotFoundError:
+            return False
+        return True

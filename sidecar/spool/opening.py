@@ -1,0 +1,244 @@
+"""From a directory to a spool that may be used: lock, look, repair, count. Blocking; before any thread starts."""
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from sidecar.clock import Clock
+from sidecar.errors import SpoolFailed, SpoolLocked
+from sidecar.settings import Dedup
+from sidecar.settings import Spool as SpoolSettings
+from sidecar.spool import disk, divergence, recovery, schema
+from sidecar.spool.framing import HEADER_COLUMNS, UNRESOLVED, Header
+from sidecar.spool.intervals import Intervals
+from sidecar.spool.ledger import Account, Ledger, Resolution
+from sidecar.spool.types import RecoveryReport, Seen
+from sidecar.spool.window import SeenRows
+
+Connect = Callable[[str], sqlite3.Connection]
+_LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+
+
+def connect(path: str) -> sqlite3.Connection:
+    """A connection without implicit transactions that gives up on a lock at once."""
+    return sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False, cached_statements=256)
+
+
+@dataclass(slots=True)
+class Opened:
+    """All that the spool starts from."""
+
+    lock: disk.Lock
+    position: disk.Position
+    ballast: disk.Ballast
+    connection: sqlite3.Connection
+    ledger: Ledger
+    door: Account
+    oldest_us: dict[str, int | None]
+    seen: SeenRows
+    window: Sequence[Seen]
+    meta: dict[str, str]
+    report: RecoveryReport
+
+
+@dataclass(slots=True)
+class _Scan:
+    """What the frames of the file add up to."""
+
+    settled: list[tuple[int, int]] = field(default_factory=list)  # by all, not yet deleted (trap 4)
+    unsound: list[int] = field(default_factory=list)
+    oldest_us: dict[str, int | None] = field(default_factory=dict)
+
+
+def open_directory(
+    directory: Path,
+    settings: SpoolSettings,
+    dedup: Dedup,
+    stores: Sequence[str],
+    clock: Clock,
+    connector: Connect = connect,
+) -> Opened:
+    """Open, repairing what can be repaired.
+
+    Raises:
+        SpoolLocked: another process has it (at once).
+        SpoolRefused: volatile file system, newer schema, somebody else's file, no permission.
+        SpoolFailed: the disk answers with errors.
+    """
+    disk.prepare(directory)
+    disk.require_durable(directory, allow_volatile=settings.allow_volatile)
+    with contextlib.ExitStack() as undo:
+        lock = disk.Lock(directory)
+        undo.callback(lock.release)
+        try:
+            opened = _open_locked(directory, settings, dedup, stores, clock, connector, lock, undo)
+        except sqlite3.Error as exc:
+            if schema.code(exc) in _LOCKED:
+                raise SpoolLocked(f"spool.directory: {directory} is in use by another process; stop it") from exc
+            raise SpoolFailed(f"spool.directory: {directory}: {exc}; look at the volume") from exc
+        except OSError as exc:
+            raise SpoolFailed(f"spool.directory: {directory}: {exc.strerror}; look at the volume") from exc
+        undo.pop_all()
+    return opened
+
+
+def _open_locked(
+    directory: Path,
+    settings: SpoolSettings,
+    dedup: Dedup,
+    stores: Sequence[str],
+    clock: Clock,
+    connector: Connect,
+    lock: disk.Lock,
+    undo: contextlib.ExitStack,
+) -> Opened:
+    last = disk.Position.read(directory)
+    quarantine = recovery.Quarantine(directory, clock)
+    found = recovery.before_open(directory, last, quarantine)
+    position = disk.Position(directory)
+    undo.callback(position.close)
+    if not found.unclean:
+        position.write(disk.OPENING, last.seq if last else 0, dict(enumerate(last.accepted if last else ())))
+        position.sync()
+    ballast = disk.Ballast(directory, settings.ballast_bytes)
+    disk.create_private(directory / disk.DATABASE)
+    connection = connector(str(directory / disk.DATABASE))
+    undo.callback(connection.close)
+    schema.configure(connection, settings)
+    schema.create_or_check(connection)
+    connection.execute("BEGIN IMMEDIATE")
+    schema.register(connection, tuple(stores))
+    ledger = _ledger(connection, last)
+    scan = _scan(connection, ledger)
+    for lo, hi in scan.settled:
+        connection.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (lo, hi))
+    door = Account(schema.DOOR, 0)
+    _leftovers(connection, ledger, door, clock)
+    _balance(connection, ledger, last, found)
+    connection.execute("COMMIT")
+    seen = SeenRows(dedup, clock)
+    window = seen.load(connection)
+    meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+    ballast.make()
+    disk.sync_directory(directory)
+    position.write(disk.RUNNING, ledger.last_seq, {a.bit: a.owed for a in ledger.accounts.values()})
+    position.sync()
+    return Opened(lock, position, ballast, connection, ledger, door, scan.oldest_us, seen, window, meta, found.report())
+
+
+def _ledger(connection: sqlite3.Connection, last: disk.Mark | None) -> Ledger:
+    accounts = []
+    highest = last.seq if last else 0
+    for bit, name, upto, ahead, *numbers in connection.execute("SELECT * FROM progress ORDER BY bit").fetchall():
+        accepted, accepted_seq, delivered, released, discarded, quarantined, strengthened = numbers
+        account = Account(name, 1 << bit, Intervals((0, upto), *Intervals.unpack(ahead)), strengthened)
+        account.owed, account.delivered, account.released = accepted, delivered, released
+        account.discarded, account.quarantined = discarded, quarantined
+        account.accepted_seq = accepted_seq
+        accounts.append(account)
+        highest = max(highest, accepted_seq, account.marks.highest)
+    resolutions = [
+        Resolution(*r)
+        for r in connection.execute("SELECT lo, hi, phase, owed, required FROM resolutions ORDER BY lo").fetchall()
+    ]
+    (newest,) = connection.execute("SELECT coalesce(max(seq), 0) FROM frames").fetchone()
+    ledger = Ledger(accounts, resolutions, max(highest, newest))
+    names = {a.name: a.mask for a in accounts}
+    for present, missing, records in connection.execute("SELECT * FROM differences").fetchall():
+        ledger.corrections[names[present], names[missing]] += records
+    return ledger
+
+
+def _scan(connection: sqlite3.Connection, ledger: Ledger) -> _Scan:
+    """Recount everything from the headers; the bodies are not read."""
+    scan = _Scan()
+    for values in connection.execute(f"SELECT {HEADER_COLUMNS} FROM frames ORDER BY seq"):
+        header = Header(*values)
+        if not header.sound:
+            scan.unsound.append(header.seq)
+            continue
+        header = ledger.effective(header)
+        if header.flags & UNRESOLVED:
+            ledger.accepted(header)
+            continue
+        settled = ledger.settled(header)
+        if settled == header.owed:
+            if scan.settled and scan.settled[-1][1] == header.seq - 1:
+                scan.settled[-1] = (scan.settled[-1][0], header.seq)
+            else:
+                scan.settled.append((header.seq, header.seq))
+        ledger.found(header, settled)
+        for bit in divergence.single_bits(header.owed & ~settled):
+            scan.oldest_us.setdefault(ledger.by_mask[bit].name, header.accepted_us)
+    return scan
+
+
+def _leftovers(connection: sqlite3.Connection, ledger: Ledger, door: Account, clock: Clock) -> None:
+    """Count deferred and dead records; all deferred ones are due now: wall-clock times did not survive (P11)."""
+    now_us = clock.now_us()
+    connection.execute(
+        "UPDATE leftovers SET due_us = ? WHERE state = ? AND due_us > ?", (now_us, schema.DEFERRED, now_us)
+    )
+    for store, state, retry_class, n, size, oldest in connection.execute(
+        "SELECT store, state, retry_class, count(*), sum(size), min(accepted_us) FROM leftovers GROUP BY 1, 2, 3"
+    ).fetchall():
+        account = door if store == schema.DOOR else ledger.accounts[store]
+        if state == schema.DEFERRED:
+            account.deferred += n
+            account.deferred_bytes += size
+            account.deferred_oldest_us = min(oldest, account.deferred_oldest_us or oldest)
+            account.next_due_us = now_us
+        elif state == schema.DEAD:
+            account.dead[retry_class] += n
+            account.dead_bytes += size
+    for seq, owed, missing in _missing(connection):
+        ledger.excepted.add(seq)
+        settled = sum(b for b in divergence.single_bits(owed) if ledger.by_mask[b].marks.covers(seq))
+        for pair, change in divergence.corrections(owed, settled, missing):
+            ledger.corrections[pair] += change
+
+
+def _missing(connection: sqlite3.Connection) -> Iterator[tuple[int, int, int]]:
+    """Per record with leftovers: seq, owed, the mask of stores that miss it."""
+    yield from connection.execute(
+        "SELECT seq, max(owed), sum(1 << bit) FROM leftovers JOIN progress ON name = store"
+        " GROUP BY seq, idx ORDER BY seq"
+    ).fetchall()
+
+
+def _balance(connection: sqlite3.Connection, ledger: Ledger, last: disk.Mark | None, found: recovery.Findings) -> None:
+    """Compare the durable counters with what is there; what cannot be accounted for becomes ``quarantined`` (P4)."""
+    worst = 0
+    for account in ledger.accounts.values():
+        expected = last.accepted[account.bit] if last and account.bit < len(last.accepted) else 0
+        gone = max(0, expected - account.owed)  # acknowledged, and not even counted: the log was cut short
+        account.owed += gone
+        here = account.counters(None)
+        rest = here.delivered + here.pending + here.dead_lettered + here.released + here.discarded
+        lost = account.owed - rest - here.quarantined
+        if lost < 0:  # frames came back that were counted as gone
+            account.owed -= lost
+            lost = 0
+        account.quarantined += lost
+        worst = max(worst, lost)
+        connection.execute(
+            "UPDATE progress SET accepted = ?, accepted_seq = ?, quarantined = ? WHERE bit = ?",
+            (account.owed, ledger.last_seq, account.quarantined, account.bit),
+        )
+        account.written = (account.owed, account.delivered, account.released, account.quarantined)
+        account.dirty = False
+    if worst:
+        found.quarantined += worst
+        found.messages.append(
+            f"spool: {worst} accepted records cannot be found any more; they are counted as quarantined"
+            " (some may have been delivered): compare the stores over the last hours (validate-consistency)"
+        )
+    for name, value in (("quarantined_records", found.quarantined), ("wal_damage", found.wal_damage)):
+        if value:
+            connection.execute(
+                "INSERT INTO meta VALUES(?, ?) ON CONFLICT(key) DO UPDATE SET value = value + excluded.value",
+                (name, value),
+            )

@@ -1,0 +1,546 @@
+"""The spool as the other parts see it. All calls come from one event loop; SQLite lives in one thread of its own."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final, Self, TypeVar
+
+from sidecar.clock import Clock
+from sidecar.errors import SpoolFailed
+from sidecar.record import LogRecord
+from sidecar.settings import Dedup
+from sidecar.settings import Spool as SpoolSettings
+from sidecar.spool import damage, framing, marks, opening, window
+from sidecar.spool.admission import Admission
+from sidecar.spool.committer import Append, Committer, Key, Read, Stats, Stop, Write
+from sidecar.spool.cursor import StoreCursor
+from sidecar.spool.fates import Fates
+from sidecar.spool.framing import UNRESOLVED, Damaged, Entry, Header
+from sidecar.spool.ledger import Resolution
+from sidecar.spool.letters import Letters
+from sidecar.spool.release import Release
+from sidecar.spool.tail import Ring, Tail
+from sidecar.spool.types import (
+    AuditLine,
+    Counters,
+    Cursor,
+    DeadLetter,
+    Deferred,
+    Fate,
+    Leftover,
+    Obligation,
+    Receipt,
+    RecordStatus,
+    ReleasePlan,
+    Seen,
+    SpoolState,
+)
+
+_RIDE_AFTER: Final = 0.025  # seconds since the last marks: then they ride on a commit
+_ALONE_AFTER: Final = 0.05  # seconds: then they go alone
+_T = TypeVar("_T")
+
+
+class Spool:
+    """The durable buffer; the promise stands in the package's docstring, the format in ``schema``."""
+
+    def __init__(self, opened: opening.Opened, directory: Path, settings: SpoolSettings, clock: Clock) -> None:
+        """Use :meth:`open`."""
+        self.recovery = opened.report
+        self.on_failure: Callable[[SpoolFailed], None] | None = None
+        self.ledger = opened.ledger
+        self.tail = Tail(settings.tail_cache_bytes, opened.ledger.last_seq + 1)
+        self.ring = Ring()
+        self._directory = directory
+        self._lock = opened.lock
+        self._clock = clock
+        self._settings = settings
+        self._seen = opened.seen
+        self._window = opened.window
+        self._meta = opened.meta
+        self._failed: SpoolFailed | None = None
+        self._keys: dict[Obligation, Key] = {}
+        self._waiters: dict[tuple[str, int], list[asyncio.Future[None]]] = {}
+        self._flushing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._settled_since = False
+        self._flushed_at = 0.0
+        self._base_us, self._base = clock.now_us(), clock.monotonic()
+        self.ledger.on_settled = self._wake_waiters
+        self.ledger.on_done = self._done
+        self._cursors = {
+            name: StoreCursor(self, account, opened.oldest_us.get(name))
+            for name, account in self.ledger.accounts.items()
+        }
+        self._committer = Committer(
+            opened.connection,
+            directory,
+            settings,
+            clock,
+            last_seq=self.ledger.last_seq,
+            accepted={a.bit: a.owed for a in self.ledger.accounts.values()},
+            position=opened.position,
+            ballast=opened.ballast,
+            seen=opened.seen,
+            committed=self._committed,
+            broken=self._broken,
+        )
+        self._admission = Admission(settings, self._committer.measure())
+        self._letters = Letters(self, opened.door, settings, clock)
+        self._fates = Fates(self, self.ring)
+        self._release = Release(self)
+        self._quarantined = int(self._meta.get("quarantined_records", "0"))
+        self._committer.start()
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        settings: SpoolSettings,
+        dedup: Dedup,
+        stores: Sequence[str],
+        clock: Clock,
+        connect: opening.Connect = opening.connect,
+    ) -> Self:
+        """Open a spool, recovering what an unclean stop left. Blocks; call it before requests come in.
+
+        ``stores`` are the names that obligations may use. ``connect`` opens the database (a seam for fault tests).
+
+        Raises:
+            SpoolLocked: another process has it (at once).
+            SpoolRefused: volatile file system, newer schema, somebody else's file, no permission.
+            SpoolFailed: the disk answers with errors.
+        """
+        opened = opening.open_directory(directory, settings, dedup, stores, clock, connect)
+        return cls(opened, directory, settings, clock)
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    async def append(
+        self,
+        records: Sequence[LogRecord],
+        encoded: Sequence[bytes],
+        obligation: Obligation,
+        seen: Sequence[Seen] = (),
+    ) -> Receipt:
+        """Make records durable: returns after the commit that holds all of them returned from fsync.
+
+        ``encoded[i]`` is ``record.encode(records[i])``. All or nothing; normally one frame, shared with other callers.
+
+        Raises:
+            Busy: at the cap, disk full, or commits lag; nothing was stored.
+            SpoolFailed: the disk failed; nothing is known of these records.
+            ValueError: no records, nobody to owe them to, or an id that is no UUID.
+        """
+        self.check()
+        if not records:
+            raise ValueError("append: no records")
+        key = self._keys.get(obligation) or self._key(obligation)
+        chunks = framing.pack(records, encoded)
+        size = 0
+        for chunk in chunks:
+            size += len(chunk.body) + len(chunk.ids)
+        self._admission.enter(size)
+        loop = asyncio.get_running_loop()
+        if self._settled_since and loop.time() - self._flushed_at >= _RIDE_AFTER:
+            self._flush(loop)
+        future: asyncio.Future[tuple[int, ...]] = loop.create_future()
+        pairs = window.pack(seen) if seen else b""
+        self._submit(Append(key, chunks, pairs, size, future), loop)
+        return Receipt(await future, obligation)
+
+    def _key(self, obligation: Obligation) -> Key:
+        if obligation.unresolved:
+            key = Key(obligation.phase, 0, 0, UNRESOLVED)
+        else:
+            owed, required = self.ledger.mask(obligation.owed), self.ledger.mask(obligation.required)
+            if not owed:
+                raise ValueError("append: an obligation needs at least one store")
+            key = Key(obligation.phase, owed, required, 0)
+        self._keys[obligation] = key
+        return key
+
+    def check(self) -> None:
+        """Raise SpoolFailed where the spool is broken or closed."""
+        if self._failed is not None:
+            raise self._failed
+
+    # --- the database thread ---------------------------------------------------------------------------------------
+
+    def _submit(self, work: Append | Write | Read | Stop, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._committer.submit(work, loop):
+            raise self._failed or SpoolFailed("the spool is closed")
+
+    async def read(self, run: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Run a query in the database thread, after all writes asked for so far."""
+        self.check()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_T] = loop.create_future()
+        self._submit(Read(run, future), loop)
+        return await future
+
+    async def write(
+        self,
+        run: Callable[[sqlite3.Connection], _T],
+        done: Callable[[_T], None] | None = None,
+        *,
+        refusable: bool = False,
+    ) -> _T:
+        """Run a change with the next commit; ``done`` is called on the loop after it, before the caller goes on.
+
+        ``done`` is called even where the caller was cancelled. Raises Busy where ``refusable`` and there is no room.
+        """
+        self.check()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_T] = loop.create_future()
+        self._submit(Write(run, future, done, refusable), loop)
+        return await future
+
+    def _committed(self, entries: Sequence[Entry], leaving: int, stats: Stats | None) -> None:
+        self._admission.leave(leaving)
+        if stats is not None:
+            self._admission.measured(stats)
+        for entry in entries:
+            self.ledger.accepted(entry.header)
+            self.tail.add(entry)
+        for cursor in self._cursors.values():
+            cursor.wake()
+
+    def _broken(self, error: SpoolFailed) -> None:
+        if self._failed is not None:
+            return
+        self._failed = error
+        for cursor in self._cursors.values():
+            cursor.wake()
+        for futures in self._waiters.values():
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+        self._waiters.clear()
+        if self.on_failure is not None:
+            self.on_failure(error)
+
+    def header_damaged(self, header: Header) -> SpoolFailed:
+        """A frame's obligation cannot be trusted: stop; the next start salvages."""
+        error = SpoolFailed(f"the header of frame {header.seq} is damaged; restart to recover what can be read")
+        self._committer.ask_for_repair()
+        self._broken(error)
+        return error
+
+    def keep_damaged(self, name: str, damaged: Sequence[Damaged]) -> None:
+        """Have damaged bytes kept in files and counted, once; returns at once."""
+
+        def done(new: int) -> None:
+            self._quarantined += new
+
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[int] = loop.create_future()
+        future.add_done_callback(_observed)
+        run = partial(damage.keep, directory=self._directory, name=name, damaged=damaged)
+        self._submit(Write(run, future, done), loop)
+
+    # --- marks -----------------------------------------------------------------------------------------------------
+
+    def marked(self) -> None:
+        """Something was settled: it rides on a commit or goes alone before long."""
+        self._settled_since = True
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_ALONE_AFTER, self._alone, loop)
+
+    def _alone(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._settled_since and self._failed is None:
+            self._flush(loop)
+
+    def _flush(self, loop: asyncio.AbstractEventLoop, *, now: bool = False) -> None:
+        """Send the marks to the file; one at a time, but for ``now``."""
+        if self._flushing and not now:
+            return
+        if not self.ledger.dirty:
+            self._settled_since = False
+            return
+        self._flushing = True
+        self._settled_since = False
+        self._flushed_at = loop.time()
+        future: asyncio.Future[marks.Written] = loop.create_future()
+        future.add_done_callback(_observed)
+        self._submit(Write(partial(marks.write, snapshot=self.ledger.snapshot()), future, self._flushed), loop)
+
+    def _flushed(self, written: marks.Written) -> None:
+        self._flushing = False
+        self.ledger.corrections.update(written.corrections)
+        self._letters.refreshed(written.refreshed)
+        if self.ledger.dirty and self._failed is None:
+            self.marked()
+
+    def flush_now(self) -> None:
+        """Queue the marks, so that whatever is asked for next sees them."""
+        self._flush(asyncio.get_running_loop(), now=True)
+
+    @property
+    def stalled(self) -> bool:
+        """True while marks find no room on the disk: nothing more is handed out."""
+        return bool(self._admission.stats.stuck)
+
+    @property
+    def accepting(self) -> bool:
+        """False while appends are pushed back."""
+        return not self._admission.reason and self._failed is None
+
+    def _wake_waiters(self, store: str, seq: int) -> None:
+        if self._waiters:
+            for future in self._waiters.pop((store, seq), ()):
+                if not future.done():
+                    future.set_result(None)
+
+    def _done(self, header: Header) -> None:
+        self.ring.add(header)
+        self.tail.drop(header.seq)
+
+    # --- time ------------------------------------------------------------------------------------------------------
+
+    def now_us(self) -> int:
+        """Wall clock, microseconds."""
+        return self._clock.now_us()
+
+    def steady_us(self, wall_us: int) -> int:
+        """A wall-clock time on a clock that does not jump with the wall clock (P11)."""
+        steady = self._base_us + int((self._clock.monotonic() - self._base) * 1_000_000)
+        return wall_us - self._clock.now_us() + steady
+
+    def wall_us(self, steady_us: int) -> int:
+        """The inverse of :meth:`steady_us`."""
+        return 2 * steady_us - self.steady_us(steady_us)
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+
+    def cursor(self, store: str) -> Cursor:
+        """The store's own way through the spool; one per store and run. Raises KeyError for an unknown name."""
+        return self._cursors[store]
+
+    def holds(self, store: str, seq: int) -> bool:
+        """True while the store's consumer has the frame."""
+        return self._cursors[store].holds(seq)
+
+    def counters(self, store: str) -> Counters:
+        """The store's account. Raises KeyError for an unknown name."""
+        return self.ledger.accounts[store].counters(self._cursors[store].oldest_us)
+
+    def state(self) -> SpoolState:
+        """What the spool says of itself; figures of the disk are at most about a second old."""
+        stats = self._admission.stats
+        return SpoolState(
+            bytes_used=self._admission.used,
+            capacity_bytes=self._settings.cap_bytes,
+            free_disk_bytes=stats.disk_free,
+            accepting=self.accepting,
+            busy_reason=self._admission.reason,
+            commit_seconds_last=stats.commit_seconds,
+            quarantined_records=self._quarantined,
+            wal_damage=int(self._meta.get("wal_damage", "0")),
+            dedup_ids=self._seen.ids,
+        )
+
+    def window(self) -> Sequence[Seen]:
+        """The dedup window as it was when the spool was opened, oldest first."""
+        return self._window
+
+    def divergence(self) -> Mapping[tuple[str, str], int]:
+        """(present_in, missing_from) -> records of this spool that the one has confirmed and the other is owed."""
+        by_mask = self.ledger.by_mask
+        pairs = self.ledger.frame_pairs.keys() | self.ledger.corrections.keys()
+        return {
+            (by_mask[a].name, by_mask[b].name): max(0, self.ledger.frame_pairs[a, b] + self.ledger.corrections[a, b])
+            for a, b in pairs
+        }
+
+    def divergence_oldest_us(self) -> int | None:
+        """Accept time of the oldest pending record of a store that misses something another has; None: none pending."""
+        behind = {missing for (_, missing), records in self.divergence().items() if records}
+        ages = [us for us in (self.counters(store).oldest_pending_us for store in behind) if us is not None]
+        return min(ages, default=None)
+
+    async def wait_settled(self, receipt: Receipt, stores: frozenset[str]) -> None:
+        """Wait until every named store that is owed the receipt's frames has settled them (in memory counts).
+
+        Settled is not delivered: ask :meth:`fates`. Raises SpoolFailed.
+        """
+        for name in stores:
+            if not receipt.obligation.unresolved and name not in receipt.obligation.owed:
+                continue
+            marks_of = self.ledger.accounts[name].marks
+            for seq in receipt.seqs:
+                self.check()
+                if marks_of.covers(seq):
+                    continue
+                future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                waiting = self._waiters.setdefault((name, seq), [])
+                waiting.append(future)
+                try:
+                    await future
+                finally:
+                    if future.cancelled():
+                        waiting.remove(future)
+                        if not waiting:
+                            self._waiters.pop((name, seq), None)
+
+    async def fates(self, receipt: Receipt, log_ids: Sequence[str]) -> Mapping[str, Mapping[str, Fate]]:
+        """Per log_id of the receipt, per store owed: what became of it so far."""
+        return await self._fates.of_receipt(receipt, log_ids)
+
+    async def status(self, log_id: str) -> RecordStatus | None:
+        """Where a record of this spool stands; None once it has left local retention (or was never here)."""
+        return await self._fates.status(log_id)
+
+    # --- leftovers -------------------------------------------------------------------------------------------------
+
+    async def due(self, store: str, now_us: int, limit: int) -> Sequence[Deferred]:
+        """Deferred records whose time has come, each once until ``finish_deferred`` (or a restart)."""
+        return await self._letters.due(store, now_us, limit)
+
+    def next_due_us(self, store: str) -> int | None:
+        """When the next deferred record is due, wall-clock microseconds; None: there is none that nobody holds."""
+        return self._letters.next_due_us(store)
+
+    async def finish_deferred(self, item: Deferred, outcome: Leftover | None) -> None:
+        """Write down what became of a record from :meth:`due`: None = delivered. Durable when it returns."""
+        await self._letters.finish(item, outcome)
+
+    async def dead_letters(
+        self, *, store: str | None = None, retry_class: str | None = None, after: int = 0, limit: int = 100
+    ) -> Sequence[DeadLetter]:
+        """A page of dead letters in the order of their keys, after a key."""
+        return await self._letters.page(store, retry_class, after, limit)
+
+    def dead_letter_counts(self) -> Mapping[tuple[str, str], int]:
+        """(store, retry class) -> dead letters; records refused at the door under ("door", "refused")."""
+        return self._letters.counts()
+
+    async def refuse(self, raws: Sequence[tuple[bytes, str, str]]) -> int:
+        """Keep what was refused at the door: (source bytes, field, reason); returns how many were kept (own quota)."""
+        return await self._letters.refuse(raws)
+
+    async def redrive(
+        self,
+        keys: Sequence[int] | None = None,
+        *,
+        store: str | None = None,
+        retry_class: str | None = None,
+        who: str = "",
+        reason: str = "",
+    ) -> int:
+        """Try dead letters again: they become deferred, due now. By keys, or by store and class (None: all)."""
+        return await self._letters.redrive(keys, store, retry_class, who, reason)
+
+    async def discard(
+        self,
+        keys: Sequence[int] | None = None,
+        *,
+        store: str | None = None,
+        retry_class: str | None = None,
+        who: str,
+        reason: str,
+    ) -> int:
+        """Give dead letters up, with an audit line in the same transaction. Raises ValueError without a reason."""
+        return await self._letters.discard(keys, store, retry_class, who, reason)
+
+    # --- obligations -----------------------------------------------------------------------------------------------
+
+    async def strengthen(self, store: str) -> int:
+        """Make every best-effort obligation to a store required; returns how many records that concerned."""
+        account = self.ledger.accounts[store]
+        weak = 0
+
+        def done(seq: int) -> None:
+            nonlocal weak
+            weak, account.weak_records = account.weak_records, 0
+            account.strengthened = max(account.strengthened, seq)
+
+        await self.write(partial(marks.strengthen, bit=account.bit), done)
+        return weak
+
+    async def resolve(self, obligation: Obligation) -> int:
+        """Give every unresolved frame its obligation, once; returns how many records that concerned."""
+        key = self._key(obligation)
+        if key.flags:
+            raise ValueError("resolve: the obligation is itself unresolved")
+        self.flush_now()
+        concerned = 0
+
+        def done(resolved: tuple[Resolution, dict[int, int]] | None) -> None:
+            nonlocal concerned
+            if resolved is None:
+                return
+            resolution, counted = resolved
+            concerned = self.ledger.unresolved_records
+            self.ledger.resolved(resolution, counted)
+            for name, cursor in self._cursors.items():
+                if name in obligation.owed:
+                    cursor.rewind(resolution.lo)
+            for name, seq in list(self._waiters):
+                if name not in obligation.owed and resolution.lo <= seq <= resolution.hi:
+                    self._wake_waiters(name, seq)
+
+        await self.write(partial(marks.resolve, key=key), done)
+        return concerned
+
+    async def release_candidates(self, store: str, max_bytes: int) -> ReleasePlan | None:
+        """The oldest best-effort backlog of a store that every required store has confirmed; None: there is none.
+
+        Write its ``hours`` to the gap ledger in a required store first, then call :meth:`release`.
+        """
+        return await self._release.candidates(store, max_bytes)
+
+    async def release(self, plan: ReleasePlan) -> int:
+        """Release a plan's frames; returns the records released (frames whose state changed since stay pending)."""
+        return await self._release.release(plan)
+
+    # --- odds and ends ---------------------------------------------------------------------------------------------
+
+    def meta(self, key: str) -> str | None:
+        """A small durable value, from memory."""
+        return self._meta.get(key)
+
+    async def set_meta(self, key: str, value: str) -> None:
+        """Make a small value durable."""
+
+        def done(_: None) -> None:
+            self._meta[key] = value
+
+        await self.write(partial(marks.set_meta, key=key, value=value), done)
+
+    async def audit(self, who: str, what: str, why: str, evidence: str = "") -> None:
+        """Add a line to the audit trail, durable when it returns."""
+        line = (self._clock.now_us(), who, what, why, evidence)
+        await self.write(partial(marks.audit, line=line))
+
+    async def audit_trail(self, limit: int = 100) -> Sequence[AuditLine]:
+        """The newest lines, newest first."""
+        return await self.read(partial(marks.audit_trail, limit=limit))
+
+    async def close(self) -> None:
+        """Write the marks down, checkpoint, note the clean stop. What is undelivered stays. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._failed is None:
+            loop = asyncio.get_running_loop()
+            while self.ledger.dirty and not self.stalled:
+                self.flush_now()
+                await self.read(lambda _: None)
+            self._committer.submit(Stop(), loop)
+            await loop.run_in_executor(None, self._committer.join)
+            await asyncio.sleep(0)  # lets the thread's last words arrive
+            closed = SpoolFailed("the spool is closed")
+            self.on_failure = None
+            self._broken(closed)
+        self._lock.release()
+
+
+def _observed(future: "asyncio.Future[_T]") -> None:
+    """For work that nobody awaits: its failure has told everybody already, by way of ``_broken``."""
+    if not future.cancelled():
+        future.exception()
