@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Final, Literal
 
-from k8s.monitoring.promql import APP, JOB, PHASES, POD, Scale, grown
+from k8s.monitoring.promql import APP, JOB, PHASES, POD, Scale, counted, grown
 
 RUNBOOK: Final = "https://github.com/example/hybrid-log-sidecar/blob/main/docs/RUNBOOK.md"
 
@@ -110,8 +110,8 @@ def _ingest(s: Scale) -> tuple[Alert, ...]:
         Alert(
             "SidecarSpoolDamaged",
             "ingest",
-            f"({grown('sidecar_spool_quarantined_records_total', POD, s.window(HOUR))}"
-            f" or {grown('sidecar_spool_wal_damage_total', POD, s.window(HOUR))}) > 0",
+            f"({grown('sidecar_spool_quarantined_records_total', POD, s.window(HOUR))})"
+            f" or ({grown('sidecar_spool_wal_damage_total', POD, s.window(HOUR))})",
             s.hold(0),
             "critical",
             f"{AT_POD}: damaged bytes were found in the spool and put aside",
@@ -128,7 +128,7 @@ def _ingest(s: Scale) -> tuple[Alert, ...]:
         Alert(
             "SidecarRecordsRefused",
             "ingest",
-            f"sum by ({APP}, reason) (increase(sidecar_records_refused_total[{s.window(15 * MINUTE)}])) > 0",
+            counted("sidecar_records_refused_total", f"{APP}, reason", s.window(15 * MINUTE)),
             s.hold(0),
             "info",
             f"{AT_APP}: records refused at the door ({{{{ $labels.reason }}}})",
@@ -190,7 +190,7 @@ def _delivery(s: Scale) -> tuple[Alert, ...]:
         Alert(
             "SidecarShipperRestarted",
             "delivery",
-            f"sum by ({POD}, store) (increase(sidecar_shipper_restarts_total[{s.window(15 * MINUTE)}])) > 0",
+            counted("sidecar_shipper_restarts_total", f"{POD}, store", s.window(15 * MINUTE)),
             s.hold(0),
             "warning",
             f"{AT_POD}: the delivery task of {{{{ $labels.store }}}} died and was started again",
@@ -238,7 +238,7 @@ def _phases(s: Scale) -> tuple[Alert, ...]:
         Alert(
             "SidecarForcedTransition",
             "phase",
-            "(" + grown('sidecar_phase_transitions_total{forced="true"}', f"{APP}, from, to", s.window(HOUR)) + ") > 0",
+            counted('sidecar_phase_transitions_total{forced="true"}', f"{APP}, from, to", s.window(HOUR)),
             s.hold(0),
             "info",
             f"{AT_APP}: a phase change was forced past its gates: {{{{ $labels.from }}}} to {{{{ $labels.to }}}}",
@@ -324,8 +324,11 @@ def _consistency(s: Scale) -> tuple[Alert, ...]:
         Alert(
             "SidecarShadowMismatch",
             "consistency",
-            f"sum by ({APP}, pattern, result) (increase(sidecar_shadow_reads_total"
-            f'{{result=~"missing|extra|field|order"}}[{s.window(15 * MINUTE)}])) > 0',
+            counted(
+                'sidecar_shadow_reads_total{result=~"missing|extra|field|order"}',
+                f"{APP}, pattern, result",
+                s.window(15 * MINUTE),
+            ),
             s.hold(0),
             "warning",
             f"{AT_APP}: shadow reads of {{{{ $labels.pattern }}}} differ ({{{{ $labels.result }}}})",

@@ -43,7 +43,8 @@ def build() -> str:
             whole = whole.with_panel(_panel(panel))
     tree = json.loads(json.dumps(whole.build(), cls=JSONEncoder))
     for entry in tree["templating"]["list"]:
-        entry.pop("auto", None)  # an interval variable's, which the SDK writes on all; Grafana's types refuse it
+        for name in ("auto", "auto_count", "auto_min"):
+            entry.pop(name, None)  # an interval variable's; the SDK writes them on all, and Grafana's types refuse it
     return json.dumps(tree, indent=2, sort_keys=True) + "\n"
 
 

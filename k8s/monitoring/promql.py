@@ -52,10 +52,21 @@ def duration(seconds: float) -> str:
 
 
 def grown(metric: str, by: str, window: str) -> str:
-    """By how much a durable counter grew within the window; one that was not there before counts from zero.
+    """True where a durable counter grew within the window; one that was not there before counts from zero.
 
     ``increase`` misses a counter that first shows up with a value, which is what a counter kept on disk does after
     its pod came back under another address.
     """
     now = f"sum by ({by}) ({metric})"
-    return f"{now} - (sum by ({by}) ({metric} offset {window}) or {now} * 0)"
+    return f"{now} - (sum by ({by}) ({metric} offset {window}) or {now} * 0) > 0"
+
+
+def counted(metric: str, by: str, window: str) -> str:
+    """True where a counter of this process counted within the window, its very first event included.
+
+    A labelled counter first shows up with the value 1; ``increase`` alone would miss just the event that matters.
+    """
+    return (
+        f"sum by ({by}) (increase({metric}[{window}])) > 0"
+        f" or sum by ({by}) ({metric} unless {metric} offset {window}) > 0"
+    )

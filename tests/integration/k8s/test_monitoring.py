@@ -1,4 +1,4 @@
-"""Rules and dashboard: current, valid for Prometheus and Grafana, about metrics that exist, explained in the runbook."""
+"""Rules and dashboard: current, valid, about metrics that exist, explained in the runbook."""
 
 import json
 import re
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from prometheus_client import CollectorRegistry
 
 from k8s.monitoring import alerts, dashboard, panels
@@ -14,6 +13,7 @@ from k8s.monitoring.__main__ import RUNBOOK, TARGET, prometheus_rule, rule_file
 from k8s.monitoring.promql import PHASES, Scale, duration
 from sidecar.metrics import OBSERVATIONS, Metrics
 from sidecar.phase import Phase
+from tests.integration.k8s.faults import CASES, Case
 from tests.integration.k8s.tools import ROOT, run, tool
 
 TYPES = ROOT / ".run" / "grafana-types"
@@ -79,23 +79,29 @@ def test_promtool_accepts_the_rules(tmp_path: Path):
         assert "SUCCESS" in run([tool("promtool"), "check", "rules", str(path)])
 
 
-def test_every_alert_fires_and_clears_at_its_real_durations(tmp_path: Path):
-    """Promtool replays written series against every rule: silent before, firing in the fault, silent after it."""
+def test_every_alert_has_a_written_fault():
+    """The table of faults and the table of alerts name the same alerts."""
+    assert sorted(case.alert for case in CASES) == sorted(alert.name for alert in alerts.alerts(Scale()))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.alert)
+def test_an_alert_fires_and_clears_at_its_real_durations(case: Case, tmp_path: Path):
+    """Promtool replays a written fault: silent while it is younger than the alert's patience, firing, silent after."""
     (tmp_path / "rules.yaml").write_text(rule_file(Scale()))
-    cases = (HERE / "rules" / "alerts.test.yaml").read_text()
-    (tmp_path / "alerts.test.yaml").write_text(cases)
-    tested = set(re.findall(r"alertname: (\w+)", cases))
-    assert tested == {alert.name for alert in alerts.alerts(Scale())}
-    for name in tested:
-        steps = [
-            bool(step.get("exp_alerts"))
-            for group in yaml.safe_load(cases)["tests"]
-            for step in group["alert_rule_test"]
-            if step["alertname"] == name
-        ]
-        assert steps.count(True) >= 1, name
-        assert steps[-1] is False, f"{name} is not seen to clear"
-    run([tool("promtool"), "test", "rules", "alerts.test.yaml"], cwd=tmp_path)
+    (tmp_path / "test.yaml").write_text(json.dumps(case.promtool()))
+    run([tool("promtool"), "test", "rules", "test.yaml"], cwd=tmp_path)
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_written_fault_can_fail(moment: int, tmp_path: Path):
+    """A wrong expectation of any of the three moments is found."""
+    (tmp_path / "rules.yaml").write_text(rule_file(Scale()))
+    wrong = CASES[0].promtool()
+    check = wrong["tests"][0]["promql_expr_test"][moment]
+    check["exp_samples"] = [] if check["exp_samples"] else [{"labels": "{}", "value": 1}]
+    (tmp_path / "test.yaml").write_text(json.dumps(wrong))
+    with pytest.raises(AssertionError, match="FAILED"):
+        run([tool("promtool"), "test", "rules", "test.yaml"], cwd=tmp_path)
 
 
 def test_every_alert_has_its_section_in_the_runbook_and_every_section_its_alert():
@@ -111,8 +117,8 @@ def test_every_alert_has_its_section_in_the_runbook_and_every_section_its_alert(
 def test_an_alerts_section_says_what_it_means_and_what_to_do():
     """Meaning, look and act, for each; a section that only exists helps nobody at night."""
     text = (ROOT / "docs" / "RUNBOOK.md").read_text()
-    for section in re.split(r"^### (?=Sidecar)", text, flags=re.MULTILINE)[1:]:
-        section = re.split(r"^#{1,3} ", section, flags=re.MULTILINE)[0]
+    for tail in re.split(r"^### (?=Sidecar)", text, flags=re.MULTILINE)[1:]:
+        section = re.split(r"^#{1,3} ", tail, flags=re.MULTILINE)[0]
         for part in ("**Means**", "**Look**", "**Act**"):
             assert part in section, section.splitlines()[0]
 
