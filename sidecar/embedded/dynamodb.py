@@ -76,8 +76,7 @@ class EmbeddedDynamoDB:
     @property
     def pid(self) -> int | None:
         """Process id of the running server, else None."""
-        process = self._process
-        return process.pid if process is not None and process.poll() is None else None
+        return self._process.pid if self._process is not None and self._alive() else None
 
     @property
     def endpoint_url(self) -> str:
@@ -90,14 +89,14 @@ class EmbeddedDynamoDB:
 
     async def start(self) -> None:
         """Start the server, return when it takes connections; idempotent. Raises EmbeddedError."""
-        if self.pid is not None:
+        if self._alive():
             return
         self.kill()  # what is left of one that ended by itself
         deadline = time.monotonic() + self._start_timeout
         self._spawn()
         try:
             while not self._listens():
-                if self.pid is None or time.monotonic() > deadline:
+                if not self._alive() or time.monotonic() > deadline:
                     raise EmbeddedError(f"the local DynamoDB did not start: {self._last_words()}")
                 await asyncio.sleep(_POLL)
         except BaseException:  # cancelled while waiting: nobody else would end the child
@@ -126,8 +125,11 @@ class EmbeddedDynamoDB:
         if said is not None:
             said.close()
 
+    def _alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def _spawn(self) -> None:
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (kept for its last words; kill() closes it)
         self._process = subprocess.Popen(  # noqa: S603  (our own interpreter and code, no shell)
             [sys.executable, "-c", _SERVE, str(os.getpid()), HOST, str(self._port)],
             stdin=subprocess.DEVNULL,

@@ -198,6 +198,7 @@ class DynamoDBStore:
         return found
 
     async def close(self) -> None:
+        """Release the connections; the next call opens them again."""
         await self.wire.close()
 
     async def _encode(self, batch: Sequence[LogRecord]) -> list[bytes]:

@@ -140,7 +140,7 @@ class _Sorter:
 
 
 def _write(entries: Iterator[bytes]) -> BinaryIO:
-    file = tempfile.TemporaryFile(prefix="sidecar-scan-")
+    file = tempfile.TemporaryFile(prefix="sidecar-scan-")  # noqa: SIM115  (the sorter closes it)
     try:
         while chunk := list(islice(entries, CHUNK_ENTRIES)):
             file.write(b"".join([_LENGTH.pack(len(entry)) + entry for entry in chunk]))

@@ -116,7 +116,10 @@ async def _features(client: Any, options: settings.DynamoDB) -> list[str]:
 
 
 async def check(wire: Wire, options: settings.DynamoDB) -> Sequence[Check]:
-    """Compare with the description above. Lines named ``warning: ...`` are ok and say what is advised. Raises StoreError."""
+    """Compare with the description above. Raises StoreError.
+
+    Lines named ``warning: ...`` are always ok: they show what is there and what is advised.
+    """
     found: list[Check] = []
     async with wire.control() as client:
         table = await _describe(client, options.table)

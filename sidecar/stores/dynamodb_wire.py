@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
+from urllib.request import getproxies_environment, proxy_bypass
 from zlib import crc32
 
 import aioboto3
@@ -138,7 +139,7 @@ class Wire:
                 yield client
         except StoreError:
             raise
-        except Exception as exc:  # botocore raises generated classes; the table names what it knows
+        except Exception as exc:  # noqa: BLE001  (botocore raises generated classes; the table names what it knows)
             raise errors.from_exception("control", exc) from None
 
     async def close(self) -> None:
@@ -198,9 +199,8 @@ class Wire:
                     timeout=aiohttp.ClientTimeout(
                         total=total,
                         sock_connect=self._options.connect_timeout,
-                        sock_read=self._options.read_timeout,
                     ),
-                    trust_env=True,
+                    proxy=_proxy(self._url),
                 )
             return self._http, self._url
 
@@ -225,5 +225,11 @@ class Wire:
                 raise NoCredentialsError  # noqa: TRY301  (one seam translates it)
             frozen: Callable[[], Awaitable[ReadOnlyCredentials]] = chain.get_frozen_credentials
             return await frozen()
-        except Exception as exc:  # providers raise botocore's, aiohttp's and plain RuntimeErrors
+        except Exception as exc:  # noqa: BLE001  (providers raise botocore's, aiohttp's and plain RuntimeErrors)
             raise errors.from_exception("credentials", exc) from None
+
+
+def _proxy(url: URL) -> str | None:
+    """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY name, looked up once: aiohttp would do it at every call."""
+    host = url.host_port_subcomponent or ""
+    return None if proxy_bypass(host) else getproxies_environment().get(url.scheme)
