@@ -95,10 +95,7 @@ class EmbeddedDynamoDB:
         deadline = time.monotonic() + self._start_timeout
         self._spawn()
         try:
-            while not self._listens():
-                if not self._alive() or time.monotonic() > deadline:
-                    raise EmbeddedError(f"the local DynamoDB did not start: {self._last_words()}")
-                await asyncio.sleep(_POLL)
+            await self._ready(deadline)
         except BaseException:  # cancelled while waiting: nobody else would end the child
             self.kill()
             raise
@@ -109,7 +106,7 @@ class EmbeddedDynamoDB:
         if process is not None:
             process.terminate()
             deadline = time.monotonic() + _STOP_SECONDS
-            while process.poll() is None and time.monotonic() < deadline:
+            while process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110  (a child has no event)
                 await asyncio.sleep(_POLL)
         self.kill()
 
@@ -124,6 +121,12 @@ class EmbeddedDynamoDB:
         said, self._said = self._said, None
         if said is not None:
             said.close()
+
+    async def _ready(self, deadline: float) -> None:
+        while not self._listens():
+            if not self._alive() or time.monotonic() > deadline:
+                raise EmbeddedError(f"the local DynamoDB did not start: {self._last_words()}")
+            await asyncio.sleep(_POLL)
 
     def _alive(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -44,16 +44,16 @@ _json = msgspec.json.encode
 _TOO_LARGE: Final = f"the item is over DynamoDB's {MAX_ITEM_BYTES} bytes"
 
 
-class _Put(msgspec.Struct):
-    item: "_KeyOnly" = msgspec.field(name="Item")
-
-
 class _Text(msgspec.Struct):
     S: str
 
 
 class _KeyOnly(msgspec.Struct):
     log_id: _Text
+
+
+class _Put(msgspec.Struct):
+    item: _KeyOnly = msgspec.field(name="Item")
 
 
 class _Unprocessed(msgspec.Struct):
@@ -101,13 +101,16 @@ class DynamoDBStore:
 
     @property
     def name(self) -> StoreName:
+        """``dynamodb``."""
         return DYNAMODB
 
     @property
     def limits(self) -> WriteLimits:
+        """25 records, 2 MiB, ``max_in_flight`` calls."""
         return WriteLimits(MAX_BATCH_ITEMS, MAX_BATCH_BYTES, self._options.max_in_flight)
 
     async def write(self, batch: Sequence[LogRecord]) -> WriteResult:
+        """One BatchWriteItem; what it did not process is a THROTTLE failure, an item over 400 KB a PERMANENT one."""
         positions = _positions(batch)
         items = await self._encode(batch)
         failures = [
@@ -140,6 +143,7 @@ class DynamoDBStore:
         return WriteResult(failures, _consumed(result.consumed))
 
     async def put_if_absent(self, batch: Sequence[LogRecord]) -> Sequence[bool]:
+        """Conditional puts, up to ``max_in_flight`` at once. After a StoreError some of them may be stored."""
         items = await self._encode(batch)
         for item in items:
             if not fits(item):
@@ -147,6 +151,7 @@ class DynamoDBStore:
         return await all_or_first_error([self._put_if_absent(item) for item in items])
 
     async def get(self, log_id: str) -> LogRecord | None:
+        """Strongly consistent; an expired record is None."""
         body = {"TableName": self._options.table, "Key": {"log_id": {"S": log_id}}, "ConsistentRead": True}
         answer = await self.wire.call("GetItem", _json(body))
         try:
@@ -159,12 +164,15 @@ class DynamoDBStore:
         return record
 
     async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
+        """Through an index, eventually consistent; the bodies by id."""
         return await self._queries.query(query, before=before, limit=limit)
 
     async def count(self, query: CountQuery) -> int:
+        """From the indexes alone; over all services by a scan of the whole service index."""
         return await self._enumeration.count(query)
 
     def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+        """From a scan of the whole service index, sorted outside memory."""
         return self._enumeration.scan(start, end)
 
     async def ping(self) -> None:
@@ -188,11 +196,13 @@ class DynamoDBStore:
             raise
 
     async def create(self) -> Sequence[str]:
+        """Both tables, missing indexes, TTL, point-in-time recovery, and the shard schedule."""
         done = list(await schema.create(self.wire, self._options, clock=self._clock))
         shards = await self._shards.establish(self._options.shards)
         return [*done, shards] if shards else done
 
     async def check(self) -> Sequence[Check]:
+        """Keys, states and projections; lines named ``warning: ...`` are always ok."""
         found = list(await schema.check(self.wire, self._options))
         found.append(await self._shards.check())
         return found

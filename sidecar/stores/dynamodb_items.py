@@ -123,31 +123,19 @@ def expires_at(log_timestamp: int, ttl_days: int) -> int:
 
 def encode_item(record: LogRecord, shards: int, ttl_days: int | None) -> bytes:
     """The item as DynamoDB JSON: ``{"log_id":{"S":"..."}, ...}``; ``shards`` is N of the record's UTC day."""
-    (
-        log_id,
-        application_id,
-        log_type,
-        service_name,
-        request_data,
-        response_data,
-        status_code,
-        is_success,
-        error_message,
-        processing_time_ms,
-        log_timestamp,
-        correlation_id,
-        user_id,
-    ) = msgspec.structs.astuple(record)
+    application_id, correlation_id = record.application_id, record.correlation_id
+    status_code, processing_time_ms = record.status_code, record.processing_time_ms
+    log_timestamp, is_success = record.log_timestamp, record.is_success
     time = time_key(log_timestamp).encode()
-    identity = _json(log_id)
-    service = _json(service_name)
-    shard = crc32(log_id.encode()) % shards
+    identity = _json(record.log_id)
+    service = _json(record.service_name)
+    shard = shard_of(record.log_id, shards)
     parts = [
         b'{"log_id":{"S":%b},"log_type":{"S":%b},"service_name":{"S":%b},"log_timestamp":{"S":"%b"},'
         b'"is_success":{"BOOL":%b},"h":{"B":"%b"},"gt":{"S":"%b#%b},"gs":{"S":"S#%b#%b#%d"}'
         % (
             identity,
-            _json(log_type),
+            _json(record.log_type),
             service,
             time,
             b"true" if is_success else b"false",
@@ -159,14 +147,7 @@ def encode_item(record: LogRecord, shards: int, ttl_days: int | None) -> bytes:
             shard,
         )
     ]
-    if request_data is not None:
-        parts.append(b',"request_data":{"S":%b}' % _json(request_data))
-    if response_data is not None:
-        parts.append(b',"response_data":{"S":%b}' % _json(response_data))
-    if error_message is not None:
-        parts.append(b',"error_message":{"S":%b}' % _json(error_message))
-    if user_id is not None:
-        parts.append(b',"user_id":{"S":%b}' % _json(user_id))
+    _texts(parts, record)
     if status_code is not None:
         parts.append(b',"status_code":{"N":"%d"}' % status_code)
     if processing_time_ms is not None:
@@ -182,6 +163,18 @@ def encode_item(record: LogRecord, shards: int, ttl_days: int | None) -> bytes:
         parts.append(b',"expires_at":{"N":"%d"}' % expires_at(log_timestamp, ttl_days))
     parts.append(b"}")
     return b"".join(parts)
+
+
+def _texts(parts: list[bytes], record: LogRecord) -> None:
+    """The texts that may be null and are no key."""
+    if record.request_data is not None:
+        parts.append(b',"request_data":{"S":%b}' % _json(record.request_data))
+    if record.response_data is not None:
+        parts.append(b',"response_data":{"S":%b}' % _json(record.response_data))
+    if record.error_message is not None:
+        parts.append(b',"error_message":{"S":%b}' % _json(record.error_message))
+    if record.user_id is not None:
+        parts.append(b',"user_id":{"S":%b}' % _json(record.user_id))
 
 
 class _S(msgspec.Struct, gc=False):

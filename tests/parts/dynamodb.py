@@ -7,17 +7,53 @@ environment); tables made there are deleted after each test.
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
 from sidecar import settings
 from sidecar.clock import SystemClock
 from sidecar.embedded.dynamodb import REGION, EmbeddedDynamoDB
+from sidecar.record import LogRecord
 from sidecar.stores.dynamodb import DynamoDBStore
 
 ENDPOINT = "DYNAMODB_TEST_ENDPOINT"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+DAY_US = 86_400_000_000
+NOON_US = 20_000 * DAY_US + DAY_US // 2  # 2024-10-04T12:00:00Z
+
+
+def record(**changes: Any) -> LogRecord:
+    """A record with every field set; ``changes`` by name."""
+    fields: dict[str, Any] = {
+        "log_id": str(uuid.uuid4()),
+        "application_id": 7,
+        "log_type": "INFO",
+        "service_name": "orders",
+        "request_data": '{"b": 1, "a": 1.10}',
+        "response_data": "",
+        "status_code": 200,
+        "is_success": True,
+        "error_message": None,
+        "processing_time_ms": 12,
+        "log_timestamp": NOON_US,
+        "correlation_id": "c-1",
+        "user_id": "u-1",
+    }
+    return LogRecord(**{**fields, **changes})
+
+
+def newest_first(records: Iterable[LogRecord]) -> list[LogRecord]:
+    """The order of every answer."""
+    return sorted(records, key=lambda r: (r.log_timestamp, r.log_id), reverse=True)
+
+
+async def store_all(store: DynamoDBStore, records: Sequence[LogRecord]) -> None:
+    """Write any number of records."""
+    for start in range(0, len(records), 25):
+        result = await store.write(records[start : start + 25])
+        assert not result.failures
 
 
 @pytest.fixture(scope="session")

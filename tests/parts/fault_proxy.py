@@ -87,7 +87,7 @@ class DamageReply:
 
 @dataclass(frozen=True)
 class Unprocess:
-    """The first ``share`` of a batch's items, and at least ``least``, is applied; the rest is answered as unprocessed."""
+    """The first ``share`` of a batch, and at least ``least``, is applied; the rest is answered as unprocessed."""
 
     share: float = 0.5
     least: int = 0
