@@ -35,13 +35,14 @@ class Case:
     quiet: int
     fires: int
     clears: int
+    every: str = "1m"  # how often the rules are evaluated
 
     def promtool(self) -> dict[str, Any]:
         """The file that ``promtool test rules`` reads."""
         query = f'sum(ALERTS{{alertname="{self.alert}",alertstate="firing"}})'
         return {
             "rule_files": ["rules.yaml"],
-            "evaluation_interval": "1m",
+            "evaluation_interval": self.every,
             "tests": [
                 {
                     "interval": "1m",
@@ -250,7 +251,19 @@ CASES = (
         clears=31,
     ),
     gauge("SidecarGapReleased", 'sidecar_open_gap_records{store="dynamodb",kind="released"}', bad=4, hold=5),
-    gauge("SidecarGapOpen", 'sidecar_open_gap_records{store="dynamodb",kind="history"}', bad=4, hold=7 * DAY),
+    Case(
+        "SidecarGapOpen",
+        {
+            'sidecar_open_gap_records{store="dynamodb",kind="history"}': (
+                steady(4, 7 * DAY + 120),
+                steady(0, 120),
+            )
+        },
+        quiet=7 * DAY - 30,
+        fires=7 * DAY + 60,
+        clears=7 * DAY + 180,
+        every="30m",
+    ),
     event(
         "SidecarShadowMismatch", 'sidecar_shadow_reads_total{pattern="by_id",result="field"}', window=15
     ),

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from k8s.monitoring import alerts, dashboard, panels
 from k8s.monitoring.__main__ import RUNBOOK, TARGET, prometheus_rule, rule_file
 from k8s.monitoring.promql import PHASES, Scale, duration
+from sidecar.__main__ import VERBS
 from sidecar.metrics import OBSERVATIONS, Metrics
 from sidecar.phase import Phase
 from tests.integration.k8s.faults import CASES, Case
@@ -29,6 +30,11 @@ PLANNED = {
     "read_seconds",
     "fleet_instances",
 }
+
+
+def runbook() -> str:
+    """The text that the alerts lead to."""
+    return (ROOT / "docs" / "RUNBOOK.md").read_text()
 
 
 def expressions() -> Iterator[str]:
@@ -106,7 +112,7 @@ def test_a_written_fault_can_fail(moment: int, tmp_path: Path):
 
 def test_every_alert_has_its_section_in_the_runbook_and_every_section_its_alert():
     """The runbook's link of an alert leads to a heading of docs/RUNBOOK.md with that very name."""
-    text = (ROOT / "docs" / "RUNBOOK.md").read_text()
+    text = runbook()
     headings = re.findall(r"^### (Sidecar\w+)$", text, re.MULTILINE)
     assert len(headings) == len(set(headings))
     assert set(headings) == {alert.name for alert in alerts.alerts(Scale())}
@@ -116,7 +122,7 @@ def test_every_alert_has_its_section_in_the_runbook_and_every_section_its_alert(
 
 def test_an_alerts_section_says_what_it_means_and_what_to_do():
     """Meaning, look and act, for each; a section that only exists helps nobody at night."""
-    text = (ROOT / "docs" / "RUNBOOK.md").read_text()
+    text = runbook()
     for tail in re.split(r"^### (?=Sidecar)", text, flags=re.MULTILINE)[1:]:
         section = re.split(r"^#{1,3} ", tail, flags=re.MULTILINE)[0]
         for part in ("**Means**", "**Look**", "**Act**"):
@@ -158,3 +164,23 @@ def test_a_scaled_window_never_holds_too_few_scrapes():
     assert scale.window(900) == "8s"
     assert scale.hold(900) == "900ms"
     assert scale.seconds(900) == "0.9"
+
+
+# Verbs that the runbook names and later parts bring. An entry that has come to exist fails the test below.
+PLANNED_VERBS = {"backfill", "dead-letter", "drain", "validate"}
+
+
+def test_the_runbook_names_no_command_that_does_not_exist_or_is_not_planned_by_name():
+    """Whoever copies a command at night must not meet `invalid choice`."""
+    spans = re.findall(r"`([^`]+)`", runbook())
+    named = {verb for span in spans for verb in re.findall(r"(?:^|-- )sidecar ([a-z][a-z-]+)", span)}
+    assert named - {verb.name for verb in VERBS} == PLANNED_VERBS
+
+
+def test_the_runbook_names_panels_and_files_that_exist():
+    """A panel in italics is on the dashboard, a linked file is in the repository."""
+    titles = {panel.title for row in panels.ROWS for panel in row.panels} | {"Hybrid log sidecar: the migration"}
+    italics = set(re.findall(r"(?<![*\w])\*([A-Z][^*\n]+)\*(?!\*)", runbook().replace("\n", " ")))
+    assert italics - titles == set()
+    for link in re.findall(r"\]\(\.\./([^)]+)\)", runbook()) + re.findall(r"`(k8s/[\w./-]+)`", runbook()):
+        assert (ROOT / link).exists(), link
