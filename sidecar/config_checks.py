@@ -32,6 +32,7 @@ def check(settings: Settings) -> None:
 
 
 def _flags(s: Settings) -> None:
+    """`flags` state what the phase means (they assert, they change nothing)."""
     row = TABLE[s.phase].flags
     for name, meant in row.items():
         stated = getattr(s.flags, name)
@@ -45,6 +46,7 @@ def _flags(s: Settings) -> None:
 
 
 def _force(s: Settings) -> None:
+    """`phase_force` is a reason of 1 to 500 characters."""
     if s.phase_force is not None and (not s.phase_force.strip() or len(s.phase_force) > MAX_REASON):
         raise ConfigError(
             "phase_force",
@@ -55,6 +57,7 @@ def _force(s: Settings) -> None:
 
 
 def _watermarks(s: Settings) -> None:
+    """`spool.low_watermark` is below `spool.high_watermark`."""
     if s.spool.low_watermark >= s.spool.high_watermark:
         raise ConfigError(
             "spool.low_watermark",
@@ -65,6 +68,7 @@ def _watermarks(s: Settings) -> None:
 
 
 def _ballast(s: Settings) -> None:
+    """`spool.ballast_bytes` is at most `spool.cap_bytes`."""
     if s.spool.ballast_bytes > s.spool.cap_bytes:
         raise ConfigError(
             "spool.ballast_bytes",
@@ -75,6 +79,7 @@ def _ballast(s: Settings) -> None:
 
 
 def _shares(s: Settings) -> None:
+    """Two stores' `spool.dead_letter_share` and `spool.refused_share` together are below `spool.low_watermark`."""
     reserved = 2 * s.spool.dead_letter_share + s.spool.refused_share
     if reserved >= s.spool.low_watermark:
         raise ConfigError(
@@ -86,6 +91,7 @@ def _shares(s: Settings) -> None:
 
 
 def _record_in_body(s: Settings) -> None:
+    """`ingest.max_body_bytes` is at least `ingest.max_record_bytes`."""
     if s.ingest.max_record_bytes > s.ingest.max_body_bytes:
         raise ConfigError(
             "ingest.max_body_bytes",
@@ -96,6 +102,7 @@ def _record_in_body(s: Settings) -> None:
 
 
 def _body_in_spool(s: Settings) -> None:
+    """`ingest.max_body_bytes` is at most `spool.cap_bytes * spool.low_watermark`."""
     room = int(s.spool.cap_bytes * s.spool.low_watermark)
     if s.ingest.max_body_bytes > room:
         raise ConfigError(
@@ -107,6 +114,7 @@ def _body_in_spool(s: Settings) -> None:
 
 
 def _checkpoint(s: Settings) -> None:
+    """`spool.checkpoint_bytes` is at most a quarter of `spool.cap_bytes`."""
     if s.spool.checkpoint_bytes > s.spool.cap_bytes // 4:
         raise ConfigError(
             "spool.checkpoint_bytes",
@@ -133,12 +141,14 @@ _POSITIVE: Final[Mapping[str, Callable[[Settings], float]]] = {
 
 
 def _positive(s: Settings) -> None:
+    """Timeouts, `retry.delay`, `retry.probe_interval` and `fleet.heartbeat` are above 0."""
     for name, value in _POSITIVE.items():
         if value(s) <= 0:
             raise ConfigError(name, seen=value(s), allowed="above 0", hint="a bound of zero would let nothing pass")
 
 
 def _back_off(s: Settings) -> None:
+    """`retry.delay` is at most `retry.max_delay`."""
     if s.retry.delay > s.retry.max_delay:
         raise ConfigError(
             "retry.delay",
@@ -149,6 +159,7 @@ def _back_off(s: Settings) -> None:
 
 
 def _drain(s: Settings) -> None:
+    """`drain.stop_accepting_before` is at most `drain.timeout`."""
     if s.drain.stop_accepting_before > s.drain.timeout:
         raise ConfigError(
             "drain.stop_accepting_before",
@@ -159,6 +170,7 @@ def _drain(s: Settings) -> None:
 
 
 def _fence(s: Settings) -> None:
+    """`fleet.fence_after` is at least three times `fleet.heartbeat`."""
     if s.fleet.fence_after < 3 * s.fleet.heartbeat:
         raise ConfigError(
             "fleet.fence_after",
@@ -169,6 +181,7 @@ def _fence(s: Settings) -> None:
 
 
 def _listeners(s: Settings) -> None:
+    """`listen.app` and `listen.ops` are different addresses: host:port, [v6]:port or unix:/path."""
     for name, value in (("listen.app", s.listen.app), ("listen.ops", s.listen.ops)):
         if not _is_address(value):
             raise ConfigError(
@@ -192,6 +205,7 @@ def _is_address(value: str) -> bool:
 
 
 def _postgres_names(s: Settings) -> None:
+    """`postgres.schema` and `postgres.table` are plain SQL names."""
     for name, value in (("postgres.schema", s.postgres.schema), ("postgres.table", s.postgres.table)):
         if not _SQL_NAME.fullmatch(value):
             raise ConfigError(
@@ -203,6 +217,7 @@ def _postgres_names(s: Settings) -> None:
 
 
 def _password(s: Settings) -> None:
+    """`postgres.password` and `postgres.password_file` are not both stated."""
     if s.postgres.password is not None and s.postgres.password_file is not None:
         raise ConfigError(
             "postgres.password",
@@ -213,6 +228,7 @@ def _password(s: Settings) -> None:
 
 
 def _dynamodb_names(s: Settings) -> None:
+    """`dynamodb.table` and `dynamodb.fleet_table` are different DynamoDB names; the region looks like one."""
     for name, value in (("dynamodb.table", s.dynamodb.table), ("dynamodb.fleet_table", s.dynamodb.fleet_table)):
         if not _TABLE_NAME.fullmatch(value):
             raise ConfigError(name, seen=value[:80], allowed="3 to 255 of a-z A-Z 0-9 _ . -", hint="rename it")
@@ -233,6 +249,7 @@ def _dynamodb_names(s: Settings) -> None:
 
 
 def _endpoint(s: Settings) -> None:
+    """`dynamodb.endpoint_url` is http(s)://host[:port] without a user."""
     if s.dynamodb.endpoint_url is None:
         return
     try:

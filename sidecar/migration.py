@@ -132,7 +132,7 @@ class PhaseMemory(Protocol):
         ...
 
 
-Strengthen = Callable[[StoreName], Awaitable[None]]
+Strengthen = Callable[[StoreName], Awaitable[object]]
 """Make every best-effort obligation to the store required. Idempotent. Raises Busy or SpoolFailed."""
 
 
@@ -154,7 +154,7 @@ class PhaseSwitch:
         strengthen: Strengthen,
         clock: Clock,
         gates: Sequence[Gate] = (),
-        recorder: Callable[[Transition], Awaitable[None]] = _record_nothing,
+        recorder: Callable[[Transition], Awaitable[object]] = _record_nothing,
         on_transition: Sequence[Callable[[Transition], None]] = (),
         on_hold: Sequence[Callable[[Hold | None], None]] = (),
     ) -> None:
@@ -183,7 +183,7 @@ class PhaseSwitch:
         strengthen: Strengthen,
         clock: Clock,
         gates: Sequence[Gate] = (),
-        recorder: Callable[[Transition], Awaitable[None]] = _record_nothing,
+        recorder: Callable[[Transition], Awaitable[object]] = _record_nothing,
         on_transition: Sequence[Callable[[Transition], None]] = (),
         on_hold: Sequence[Callable[[Hold | None], None]] = (),
     ) -> Self:

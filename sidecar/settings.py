@@ -51,10 +51,10 @@ class Listen(_Section, frozen=True):
 
     app: str = "127.0.0.1:8080"  # host:port, or unix:/path for a unix socket
     ops: str = "0.0.0.0:9464"  # metrics and health only: no control, no payload
-    max_connections: Annotated[int, msgspec.Meta(ge=1)] = 256
-    header_timeout: Seconds = 10.0
-    body_timeout: Seconds = 30.0
-    idle_timeout: Seconds = 75.0
+    max_connections: Annotated[int, msgspec.Meta(ge=1)] = 256  # of the application's listener; more wait in the kernel
+    header_timeout: Seconds = 10.0  # for the whole request head; slower clients are cut off
+    body_timeout: Seconds = 30.0  # for the whole body
+    idle_timeout: Seconds = 75.0  # how long a connection without a request is kept
     hosts: tuple[str, ...] = ()  # Host names accepted besides localhost, 127.0.0.1 and [::1]
 
 
@@ -63,8 +63,9 @@ class Ingest(_Section, frozen=True):
 
     max_body_bytes: Bytes = 10 * MIB  # after decompression
     max_records: Annotated[int, msgspec.Meta(ge=1)] = 10_000  # per request
+    # stored size of one record; 350 KiB always fits DynamoDB's 400 KB item
     max_record_bytes: Annotated[int, msgspec.Meta(ge=1024, le=350 * KIB, title="bytes")] = 256 * KIB
-    max_depth: Annotated[int, msgspec.Meta(ge=4, le=500)] = 64
+    max_depth: Annotated[int, msgspec.Meta(ge=4, le=500)] = 64  # nesting of JSON
     max_future: Seconds = 24 * 3600.0  # a log_timestamp further ahead is refused
     max_wait: Seconds = 30.0  # upper bound of `Prefer: wait=`
     ack: Literal["durable", "stores"] = "durable"  # stores = every request waits as with Prefer: wait=max_wait
@@ -73,19 +74,21 @@ class Ingest(_Section, frozen=True):
 class Dedup(_Section, frozen=True):
     """The window in which a resend is recognised here, before it reaches a store."""
 
-    max_ids: Count = 100_000
-    window: Seconds = 600.0
+    max_ids: Count = 100_000  # client-supplied or derived ids kept; the oldest go first; 0 = off
+    window: Seconds = 600.0  # how long an id is kept
 
 
 class Spool(_Section, frozen=True):
     """The durable buffer on local disk."""
 
-    directory: str = "/var/lib/sidecar/spool"
+    directory: str = "/var/lib/sidecar/spool"  # on a disk that survives; mode 0700, one sidecar at a time
+    # what all records, dead letters included, may take on disk
     cap_bytes: Annotated[int, msgspec.Meta(ge=16 * MIB, title="bytes")] = GIB
     ballast_bytes: Bytes = 32 * MIB  # unlinked on a full disk so that drains go on
     high_watermark: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9  # of the cap: push back above
     low_watermark: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8  # accept again below
-    tail_cache_bytes: Bytes = 8 * MIB
+    tail_cache_bytes: Bytes = 8 * MIB  # records kept in memory for stores that keep up
+    # size of the write-ahead log that starts a checkpoint
     checkpoint_bytes: Annotated[int, msgspec.Meta(ge=256 * KIB, title="bytes")] = 2 * MIB
     dead_letter_share: Annotated[float, msgspec.Meta(gt=0, le=0.5)] = 0.1  # of the cap, per store
     refused_share: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.02  # of the cap, for records refused at the door
@@ -105,48 +108,49 @@ class Retry(_Section, frozen=True):
 class Postgres(_Section, frozen=True):
     """The PostgreSQL store."""
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 5432
-    database: str = "postgres"
-    user: str = "postgres"
-    password: Secret | None = None
+    host: str = "127.0.0.1"  # name, address, or the absolute path of a socket directory
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 5432  # TCP port, or the number in the socket's name
+    database: str = "postgres"  # its name
+    user: str = "postgres"  # a role with INSERT and SELECT on the table
+    password: Secret | None = None  # better: ${VAR} or password_file
     password_file: str | None = None  # re-read at each connect: IAM tokens live 15 minutes
-    schema: str = "public"
-    table: str = "integration_logs"
+    schema: str = "public"  # of the table
+    table: str = "integration_logs"  # where records go
     sslmode: Literal["disable", "require", "verify-ca", "verify-full"] | None = None  # None: verify-full off loopback
-    sslrootcert: str | None = None
-    connect_timeout: Seconds = 5.0
-    command_timeout: Seconds = 30.0
-    idle_close: Seconds = 60.0
-    write_connections: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2
-    read_connections: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2
+    sslrootcert: str | None = None  # file of the authority that signed the server's certificate
+    connect_timeout: Seconds = 5.0  # for one connection, TLS included
+    command_timeout: Seconds = 30.0  # for one statement; then the connection is given up
+    idle_close: Seconds = 60.0  # a connection unused for so long is closed
+    write_connections: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2  # at most, opened when needed
+    read_connections: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2  # at most, opened when needed
     pgbouncer: bool = False  # transaction pooling: no prepared statements that outlive a transaction
-    batch_records: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000
-    batch_bytes: Annotated[int, msgspec.Meta(ge=350 * KIB, title="bytes")] = 4 * MIB
+    batch_records: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000  # in one statement
+    batch_bytes: Annotated[int, msgspec.Meta(ge=350 * KIB, title="bytes")] = 4 * MIB  # in one statement
 
 
 class DynamoDB(_Section, frozen=True):
     """The DynamoDB store. Credentials come from the standard AWS chain (IRSA, Pod Identity, environment)."""
 
-    table: str = "integration_logs"
-    fleet_table: str = "integration_logs_fleet"
+    table: str = "integration_logs"  # where records go
+    fleet_table: str = "integration_logs_fleet"  # where instances and the schedule of shards are kept
     region: str | None = None  # None: AWS_REGION / AWS_DEFAULT_REGION
-    endpoint_url: str | None = None
+    endpoint_url: str | None = None  # None: AWS itself
     shards: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4  # per day, for the service and errors indexes
+    # write calls under way at most; the regulator stays below
     max_in_flight: Annotated[int, msgspec.Meta(ge=1, le=128)] = 16
-    read_in_flight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
-    connect_timeout: Seconds = 2.0
-    read_timeout: Seconds = 10.0
+    read_in_flight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8  # read calls of one query under way at most
+    connect_timeout: Seconds = 2.0  # for one connection, TLS included
+    read_timeout: Seconds = 10.0  # for one answer; then the call is repeated
     ttl_days: Annotated[int, msgspec.Meta(ge=1)] | None = None  # counted from log_timestamp, never from write time
 
 
 class Phases(_Section, frozen=True):
     """Which phase is wanted, and how it may change."""
 
-    max_lag: Seconds = 60.0
-    min_soak: Seconds = 24 * 3600.0
-    min_quiet: Seconds = 3600.0
-    min_shadow_reads: Count = 0
+    max_lag: Seconds = 60.0  # oldest pending record at most this old before reads move to DynamoDB
+    min_soak: Seconds = 24 * 3600.0  # time in dual_write_read_dynamo before dynamo_only
+    min_quiet: Seconds = 3600.0  # time without old writers on an adopted table before reads move
+    min_shadow_reads: Count = 0  # compared without a mismatch before reads move; 0 = none needed
 
 
 class Control(_Section, frozen=True):
@@ -158,12 +162,12 @@ class Control(_Section, frozen=True):
 class Reads(_Section, frozen=True):
     """Who may read, and how much at once."""
 
-    token_file: str | None = None
+    token_file: str | None = None  # reads need this bearer token; None: no token needed
     services: tuple[str, ...] | None = None  # allow-list; None: all
-    max_limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000
+    max_limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000  # records of one page at most
     max_days: Annotated[int, msgspec.Meta(ge=1, le=366)] = 31  # widest time range of one query
-    count_max_days: Annotated[int, msgspec.Meta(ge=1, le=3660)] = 31
-    timeout: Seconds = 10.0
+    count_max_days: Annotated[int, msgspec.Meta(ge=1, le=3660)] = 31  # widest time range of one count
+    timeout: Seconds = 10.0  # for one query, all its calls together
     shadow_sample: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01  # share of reads repeated on the other store
     shadow_probe: Seconds = 60.0  # a read of its own where applications only write; 0 = off
 
@@ -171,16 +175,16 @@ class Reads(_Section, frozen=True):
 class Drain(_Section, frozen=True):
     """What SIGTERM does."""
 
-    timeout: Seconds = 25.0
+    timeout: Seconds = 25.0  # from SIGTERM to exit; keep it below the pod's grace period
     stop_accepting_before: Seconds = 5.0  # of the deadline: an application may still write its last lines
 
 
 class Fleet(_Section, frozen=True):
     """How instances move together."""
 
-    enabled: bool = False
-    heartbeat: Seconds = 10.0
-    fence_after: Seconds = 120.0
+    enabled: bool = False  # False: the phase is this instance's own (one instance, development)
+    heartbeat: Seconds = 10.0  # how often an instance says that it is there
+    fence_after: Seconds = 120.0  # silent for so long, an instance stops deciding for itself
 
 
 class Reload(_Section, frozen=True):
@@ -192,27 +196,28 @@ class Reload(_Section, frozen=True):
 class Logging(_Section, frozen=True):
     """The sidecar's own log: JSON, one line each, never a payload."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Literal["debug", "info", "warning", "error"] = "info"  # lowest that is written
 
 
 class Assertions(_Section, frozen=True):
     """The specification's flags (L371-382). They assert: a contradiction with the phase's row is refused."""
 
-    writes_to_sql: bool | None = None
-    writes_to_dynamodb: bool | None = None
-    require_both_writes: bool | None = None
-    reads_from_dynamodb: bool | None = None
+    writes_to_sql: bool | None = None  # WritesToSql
+    writes_to_dynamodb: bool | None = None  # WritesToDynamoDb
+    require_both_writes: bool | None = None  # RequireBothWrites
+    reads_from_dynamodb: bool | None = None  # ReadsFromDynamoDb
 
 
 class Settings(_Section, frozen=True):
     """The whole configuration, frozen."""
 
-    phase: Phase = Phase.SQL_ONLY
+    phase: Phase = Phase.SQL_ONLY  # the desired phase; applied one adjacent step at a time
+    # raise it with each change: a phase with an epoch not above the applied one is refused
     phase_epoch: Count | None = None
-    phase_force: str | None = None
+    phase_force: str | None = None  # a reason that overrides the gates of a phase change; recorded; never skips a step
     continue_on_write_failure: bool = True  # False: an owed store down for fail_closed_after makes ingest answer 503
-    fail_closed_after: Seconds = 60.0
-    instance: str | None = None  # None: HOSTNAME
+    fail_closed_after: Seconds = 60.0  # how long an owed store may be down before that
+    instance: str | None = None  # name of this instance in the fleet; None: HOSTNAME
     flags: Assertions = Assertions()
     listen: Listen = Listen()
     ingest: Ingest = Ingest()
