@@ -1,0 +1,334 @@
+"""``Intake``: accepts one request's body. The package's docstring gives the stages."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol, cast
+
+import msgspec
+import prometheus_client as metric
+
+from sidecar.clock import Clock
+from sidecar.errors import Busy, ContentConflict, InvalidRecord, TooLarge
+from sidecar.intake.window import DedupWindow
+from sidecar.metrics import Metrics
+from sidecar.phase import Phase, Policy
+from sidecar.record import LogRecord, to_dict
+from sidecar.screening import Form, Minter, Refused, Rule, Screened, Screener
+from sidecar.settings import Settings
+from sidecar.spool.types import Fate, Obligation, Receipt, RecordStatus, Seen
+
+_CONFLICT: Final = (
+    "the same log_id was accepted before with other content; the first wins, so mint a new id for this one"
+)
+_UNSETTLED: Final = frozenset({"pending", "deferred"})
+_STATUS_POLL: Final = 0.05  # seconds between two looks at duplicates that somebody waits for
+
+
+class SpoolDoor(Protocol):
+    """What intake uses of the spool (``sidecar.spool.Spool``)."""
+
+    async def append(
+        self,
+        records: Sequence[LogRecord],
+        encoded: Sequence[bytes],
+        obligation: Obligation,
+        seen: Sequence[Seen] = (),
+    ) -> Receipt:
+        """All of the records in one commit; returns after fsync. Raises Busy, SpoolFailed."""
+        ...
+
+    async def wait_settled(self, receipt: Receipt, stores: frozenset[str]) -> None:
+        """Return when every record of the receipt is settled (delivered or given up) for these stores."""
+        ...
+
+    async def fates(self, receipt: Receipt, log_ids: Sequence[str]) -> Mapping[str, Mapping[str, Fate]]:
+        """Where the records of a receipt stand now per store owed, by log_id."""
+        ...
+
+    async def status(self, log_id: str) -> RecordStatus | None:
+        """Where one record stands; None when it is not in local retention."""
+        ...
+
+    async def refuse(self, raws: Sequence[tuple[bytes, str, str]]) -> int:
+        """Keep (raw, field, reason) of refused records within their quota; returns how many were kept."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """To whom records are owed at this instant. ``fenced``: this instance does not know the fleet's phase for sure."""
+
+    policy: Policy
+    fenced: bool = False
+
+    @property
+    def obligation(self) -> Obligation:
+        """What the records of a request are stamped with; a fenced instance leaves it to be decided."""
+        if self.fenced:
+            return Obligation(int(self.policy.phase), frozenset(), unresolved=True)
+        return Obligation(
+            phase=int(self.policy.phase),
+            required=self.policy.required,
+            best_effort=self.policy.owed - self.policy.required,
+        )
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a request. ``log_ids`` has one entry per record of the input, None where it was refused.
+
+    ``committed`` is False only where ``strict`` refused the whole batch. ``waited`` says that the client preferred to
+    wait; then ``stored`` says whether every required store has every accepted record, and ``states`` gives, where not,
+    the state of each store for the records that are not there yet, by their index.
+    """
+
+    batch: bool
+    policy: Policy
+    log_ids: list[str | None]
+    correlation_id: str | None = None  # of a single record
+    duplicates: list[int] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    committed: bool = True
+    waited: bool = False
+    stored: bool = False
+    states: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+
+
+class Intake:
+    """Accepts requests; one per instance, used from the event loop."""
+
+    def __init__(
+        self,
+        *,
+        spool: SpoolDoor,
+        standing: Callable[[], Standing],
+        settings: Callable[[], Settings],
+        minter: Minter,
+        clock: Clock,
+        metrics: Metrics,
+        closed: Callable[[], Busy | None] = lambda: None,
+        column_limits: Mapping[str, int] | None = None,
+    ) -> None:
+        """``closed`` says why nothing is accepted now (fail-closed), ``column_limits`` an adopted table's widths."""
+        self._spool = spool
+        self._standing = standing
+        self._settings = settings
+        self._clock = clock
+        self._metrics = metrics
+        self._closed = closed
+        self._screener = Screener(clock, minter, column_limits or {})
+        self.window = DedupWindow(settings().dedup, clock)
+        self._stopping: Busy | None = None
+        self._last_standing: Standing | None = None
+        self._last_obligation = Obligation(0, frozenset())
+        self._accepted_counters: dict[Phase, metric.Counter] = {}
+
+    def load(self, seen: Sequence[Seen]) -> None:
+        """Take over the dedup window that the spool kept."""
+        self.window.load((one.log_id, one.content) for one in seen)
+
+    def stop(self, retry_after: int = 5) -> None:
+        """Accept nothing more; requests under way are finished."""
+        self._stopping = Busy("stopping", "this sidecar is stopping; send again shortly", retry_after)
+
+    def check_open(self) -> None:
+        """Raises Busy where nothing is accepted now; cheap, for before the body is read."""
+        busy = self._stopping or self._closed()
+        if busy is not None:
+            raise busy
+
+    async def accept(
+        self, body: bytes, form: Form, *, key: str | None = None, strict: bool = False, wait: float | None = None
+    ) -> Outcome:
+        """Screen a body and make its records durable.
+
+        ``key`` is a checked Idempotency-Key. ``wait`` is how many seconds to wait for the required stores afterwards.
+
+        Raises:
+            MalformedBody, TooLarge, InvalidRecord, ContentConflict: nothing was stored.
+            Busy: nothing was stored; try again.
+            SpoolFailed: the disk failed; nothing more will be stored by this process.
+        """
+        self.check_open()
+        screened = await self._screen(body, form, key)
+        if screened.refused and not screened.batch:
+            self._count(screened.refused)
+            raise _alone(screened.refused[0])
+        standing = self._standing()
+        outcome = Outcome(screened.batch, standing.policy, _log_ids(screened), refused=screened.refused)
+        if not screened.batch:
+            outcome.correlation_id = screened.records[0].correlation_id
+        if any(screened.contents):
+            receipt = await self._append_known(screened, outcome, standing, strict=strict)
+        else:
+            receipt = await self._append(screened, outcome, standing, (), strict=strict)
+        if outcome.refused:
+            self._count(outcome.refused)
+            if outcome.committed:
+                await self._spool.refuse([(one.raw, one.field, one.reason) for one in outcome.refused])
+        if wait is not None and outcome.committed:
+            await self._wait(outcome, receipt, wait)
+        return outcome
+
+    async def _screen(self, body: bytes, form: Form, key: str | None) -> Screened:
+        ingest = self._settings().ingest
+        bounds = self._screener.bounds(ingest)
+        fast = self._screener.whole(body, form, bounds, ingest.max_records, key)
+        if fast is not None:
+            return fast
+        steps = self._screener.steps(body, form, bounds, ingest.max_records, key)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                return cast("Screened", done.value)
+            await self._clock.sleep(0)
+
+    async def _append(
+        self, screened: Screened, outcome: Outcome, standing: Standing, seen: Sequence[Seen], *, strict: bool
+    ) -> Receipt | None:
+        if strict and outcome.refused:
+            outcome.committed = False
+            return None
+        if not screened.records:
+            return None
+        obligation = self._obligation(standing)
+        receipt = await self._spool.append(screened.records, screened.encoded, obligation, seen)
+        self._accepted(standing.policy, len(screened.records))
+        return receipt
+
+    async def _append_known(
+        self, screened: Screened, outcome: Outcome, standing: Standing, *, strict: bool
+    ) -> Receipt | None:
+        """Append what the dedup window does not know; settles duplicates and conflicts in ``outcome``."""
+        ids = [
+            None if content is None else bytes.fromhex(record.log_id.replace("-", ""))
+            for record, content in zip(screened.records, screened.contents, strict=True)
+        ]
+        await self.window.settled([log_id for log_id in ids if log_id is not None])
+        fresh = self._sift(screened, ids, outcome)  # no await between here and the claim
+        claim = self.window.claim(fresh)
+        try:
+            seen = [Seen(log_id, content) for log_id, content in fresh.items()]
+            receipt = await self._append(screened, outcome, standing, seen, strict=strict)
+            if receipt is not None:
+                claim.keep()
+        finally:
+            claim.drop()
+        if outcome.committed and outcome.duplicates:
+            self._metrics.records_duplicate.inc(len(outcome.duplicates))
+        return receipt
+
+    def _sift(self, screened: Screened, ids: Sequence[bytes | None], outcome: Outcome) -> dict[bytes, bytes]:
+        """Leave in ``screened`` only the records that are new; returns their ids and contents."""
+        fresh: dict[bytes, bytes] = {}
+        new: list[int] = []
+        for position, (log_id, content) in enumerate(zip(ids, screened.contents, strict=True)):
+            if log_id is None or content is None:
+                new.append(position)
+                continue
+            known = fresh.get(log_id) or self.window.content(log_id)
+            index = screened.indexes[position]
+            if known is None:
+                fresh[log_id] = content
+                new.append(position)
+            elif known == content:
+                outcome.duplicates.append(index)
+            elif outcome.batch:
+                raw = msgspec.json.encode(to_dict(screened.records[position]))
+                outcome.refused.append(Refused(index, "log_id", Rule.CONFLICT, _CONFLICT, raw))
+                outcome.log_ids[index] = None
+            else:
+                self._metrics.records_refused.labels(Rule.CONFLICT.value).inc()
+                raise ContentConflict(_CONFLICT)
+        if len(new) < len(ids):
+            outcome.refused.sort(key=lambda one: one.index)
+            screened.records = [screened.records[i] for i in new]
+            screened.encoded = [screened.encoded[i] for i in new]
+        return fresh
+
+    async def _wait(self, outcome: Outcome, receipt: Receipt | None, seconds: float) -> None:
+        """Wait for the required stores, then say where each record stands that is not there yet."""
+        outcome.waited = True
+        required = outcome.policy.required
+        try:
+            async with asyncio.timeout(seconds):
+                if receipt is not None:
+                    await self._spool.wait_settled(receipt, required)
+                await self._wait_for_duplicates(outcome, required)
+        except TimeoutError:
+            pass  # durable all the same; the answer says which store is behind
+        outcome.states = await self._states(outcome, receipt, required)
+        outcome.stored = not outcome.states
+
+    async def _wait_for_duplicates(self, outcome: Outcome, required: frozenset[str]) -> None:
+        """Duplicates have no receipt: look at those that are pending until none is."""
+        pending = [log_id for log_id in map(outcome.log_ids.__getitem__, outcome.duplicates) if log_id is not None]
+        while True:
+            statuses = [await self._spool.status(log_id) for log_id in pending]
+            pending = [one.log_id for one in statuses if one is not None and not _is_settled(one.stores, required)]
+            if not pending:
+                return
+            await self._clock.sleep(_STATUS_POLL)
+
+    async def _states(
+        self, outcome: Outcome, receipt: Receipt | None, required: frozenset[str]
+    ) -> dict[int, Mapping[str, str]]:
+        """The stores of each accepted record that a required store does not have, or of which nobody can tell."""
+        known = set(outcome.duplicates)
+        mine = {log_id: i for i, log_id in enumerate(outcome.log_ids) if log_id is not None and i not in known}
+        states: dict[int, Mapping[str, str]] = {}
+        if receipt is not None:
+            for log_id, stores in (await self._spool.fates(receipt, list(mine))).items():
+                if not _is_delivered(stores, required):
+                    states[mine[log_id]] = stores
+        for index in outcome.duplicates:
+            found = await self._spool.status(outcome.log_ids[index] or "")
+            if found is None:
+                states[index] = dict.fromkeys(sorted(required), "not_in_local_retention")
+            elif not _is_delivered(found.stores, required):
+                states[index] = found.stores
+        return states
+
+    def _obligation(self, standing: Standing) -> Obligation:
+        """The same object while the standing stays, so that nothing is built per request."""
+        last = self._last_standing
+        if last is None or standing.policy is not last.policy or standing.fenced is not last.fenced:
+            self._last_standing = standing
+            self._last_obligation = standing.obligation
+        return self._last_obligation
+
+    def _accepted(self, policy: Policy, count: int) -> None:
+        counter = self._accepted_counters.get(policy.phase)
+        if counter is None:
+            counter = self._metrics.records_accepted.labels(policy.phase.label)
+            self._accepted_counters[policy.phase] = counter
+        counter.inc(count)
+
+    def _count(self, refused: Sequence[Refused]) -> None:
+        for rule, count in Counter(one.rule for one in refused).items():
+            self._metrics.records_refused.labels(rule.value).inc(count)
+
+
+def _log_ids(screened: Screened) -> list[str | None]:
+    log_ids: list[str | None] = [None] * screened.total
+    for index, record in zip(screened.indexes, screened.records, strict=True):
+        log_ids[index] = record.log_id
+    return log_ids
+
+
+def _alone(refused: Refused) -> InvalidRecord | TooLarge:
+    """A single record's refusal as the request's."""
+    if refused.rule is Rule.TOO_LARGE:
+        return TooLarge(f"{refused.field}: {refused.reason}")
+    return InvalidRecord(refused.field, refused.reason)
+
+
+def _is_settled(stores: Mapping[str, Fate], required: frozenset[str]) -> bool:
+    return not any(stores.get(store) in _UNSETTLED for store in required)
+
+
+def _is_delivered(stores: Mapping[str, Fate], required: frozenset[str]) -> bool:
+    return all(stores.get(store) == "delivered" for store in required)
