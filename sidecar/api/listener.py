@@ -1,0 +1,213 @@
+"""Listeners: connections bounded in time and number (``server`` says by what), started and stopped in order."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from sidecar.api import errors
+from sidecar.errors import ConfigError
+from sidecar.settings import Listen
+
+_HEAD_LINE: Final = 8190  # bytes
+_HEAD_FIELDS: Final = 128
+_LINGER: Final = 2.0  # seconds in which the rest of a refused body is read, so that its sender reads the answer
+_READ_BUFFER: Final = 256 * 1024  # bytes of a body read ahead
+_BACKLOG: Final = 1024
+_SOCKET_MODE: Final = 0o660
+_LAST_WORDS: Final = 1.0  # seconds that a refused connection has to read why
+
+
+def _raw(status: str, code: str, message: str, *fields: str) -> bytes:
+    """A whole answer as bytes, for connections that never get as far as a request."""
+    body = msgspec.json.encode({"error": {"code": code, "message": message}})
+    head = (
+        f"HTTP/1.1 {status}",
+        f"Server: {errors.SERVER}",
+        f"Content-Type: {errors.JSON}",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+        *fields,
+    )
+    return "\r\n".join((*head, "", "")).encode() + body
+
+
+_FULL: Final = _raw(
+    "503 Service Unavailable",
+    "connections",
+    "all connections that listen.max_connections allows are open; reuse one, or send again shortly",
+    "Retry-After: 1",
+)
+_SLOW_HEAD: Final = _raw(
+    "408 Request Timeout", "header_timeout", "the request's head was not complete in time (listen.header_timeout)"
+)
+
+
+class _Refusal(asyncio.Protocol):
+    """A connection over the cap: told so, then closed."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101  (stream servers make stream transports)
+        transport.write(_FULL)
+        if transport.can_write_eof():
+            transport.write_eof()
+        asyncio.get_running_loop().call_later(_LAST_WORDS, transport.close)  # closing at once could cut the answer
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's connection, with a bound on the time that a request's head may take."""
+
+    __slots__ = ("_head_timeout", "_head_timer", "_leave")
+
+    def __init__(self, head_timeout: float, leave: Callable[[], None], server: web.Server, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._head_timeout = head_timeout
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._leave = leave
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():  # still waiting for a request, though bytes came: half a head
+            if self._head_timer is None and data:
+                self._head_timer = self._loop.call_later(self._head_timeout, self._head_is_late)
+        elif self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._leave()
+        super().connection_lost(exc)
+
+    def _head_is_late(self) -> None:
+        if self.transport is not None:
+            self.transport.write(_SLOW_HEAD)
+        self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002  (may quote the request)
+    ) -> web.StreamResponse:
+        """Errors that never reach a handler: what the HTTP parser refuses. Nothing of the request is logged."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun, no other can be given")
+        if status == 500 and exc is not None:  # noqa: PLR2004
+            response = errors.from_surprise(exc)
+        else:
+            response = errors.error_answer(
+                status,
+                "malformed_request",
+                "not a request that HTTP/1.1 allows, or its head is too long; see docs/API.md",
+            )
+        response.headers["Server"] = errors.SERVER
+        response.force_close()
+        return response
+
+
+class Listener:
+    """One application at one address (``host:port`` or ``unix:/path``)."""
+
+    def __init__(self, app: web.Application, address: str, limits: Listen) -> None:
+        self._address = address
+        self._limits = limits
+        self._runner = web.AppRunner(app, access_log=None)
+        self._server: asyncio.Server | None = None
+        self._open = 0
+
+    @property
+    def url(self) -> str:
+        """Where it really listens: ``http://host:port`` (the port that was given for 0), or ``unix:/path``."""
+        if self._server is None or self._address.startswith("unix:"):
+            return self._address
+        host, port = self._server.sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def connections(self) -> int:
+        """Connections open now."""
+        return self._open
+
+    async def start(self) -> None:
+        """Bind and accept.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+        """
+        await self._runner.setup()
+        loop = asyncio.get_running_loop()
+        try:
+            if self._address.startswith("unix:"):
+                path = self._address.removeprefix("unix:")
+                self._server = await loop.create_unix_server(self._connection, path, backlog=_BACKLOG)
+                os.chmod(path, _SOCKET_MODE)  # noqa: PTH101  (the application's group, nobody else)
+            else:
+                host, port = split_address(self._address)
+                self._server = await loop.create_server(self._connection, host, port, backlog=_BACKLOG)
+        except OSError as error:
+            await self._runner.cleanup()
+            raise ConfigError(
+                "listen",
+                seen=self._address,
+                allowed="an address of this machine that is free",
+                hint=f"{error.strerror or type(error).__name__}; stop what listens there or choose another",
+            ) from None
+
+    async def stop(self, grace: float) -> None:
+        """Accept nothing more, finish requests under way within ``grace`` seconds, close. Idempotent."""
+        if self._server is None:
+            return
+        self._server.close()
+        server = self._runner.server
+        if server is not None:
+            server.pre_shutdown()
+            await server.shutdown(grace)
+        await self._runner.cleanup()
+        await self._server.wait_closed()
+        self._server = None
+        if self._address.startswith("unix:"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._address.removeprefix("unix:"))  # noqa: PTH108  (its twin above)
+
+    def _connection(self) -> asyncio.Protocol:
+        server = self._runner.server
+        if server is None or self._open >= self._limits.max_connections:
+            return _Refusal()
+        self._open += 1
+        return _Connection(
+            self._limits.header_timeout,
+            self._left,
+            server,
+            loop=asyncio.get_running_loop(),
+            access_log=None,
+            keepalive_timeout=self._limits.idle_timeout,
+            lingering_time=_LINGER,
+            max_line_size=_HEAD_LINE,
+            max_field_size=_HEAD_LINE,
+            max_headers=_HEAD_FIELDS,
+            read_bufsize=_READ_BUFFER,
+            auto_decompress=False,
+        )
+
+    def _left(self) -> None:
+        self._open -= 1
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``host:port`` -> host (brackets of IPv6 taken off), port.
+
+    Raises:
+        ConfigError: no port, or none that can be.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004
+        raise ConfigError("listen", seen=address, allowed="host:port, or unix:/path", hint="name host and port")
+    return host.strip("[]"), int(port)
