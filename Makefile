@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml .ci/venv
-	@PYTHON=$(PYTHON) .ci/venv $(VENV) '.[embedded,test,dev]'
+$(STAMP): pyproject.toml .ci/venv .ci/pip_wheel.py
+	@PYTHON='$(PYTHON)' .ci/venv '$(VENV)' '.[embedded,test,dev]'
 	@touch $@
 
 run: $(STAMP)  ## a private PostgreSQL, a local DynamoDB and the sidecar in dual_write
