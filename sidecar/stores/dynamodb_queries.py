@@ -136,8 +136,8 @@ class Queries:
         """The first ``limit`` sort keys of all groups; every key of a group is newer than those of the next."""
         found: list[str] = []
         for group in groups:
-            runs = [_Run(self._pages, partition, past) for partition in group]
-            share = limit if len(runs) == 1 else limit // len(runs) + _SPARE
+            runs = [_Run(self._pages, partition, past) for partition in _up_to(group, past)]
+            share = limit if len(runs) == 1 else limit // max(len(runs), 1) + _SPARE
             while len(found) < limit:
                 page = min(limit - len(found), share) + 1  # one more: the position itself is passed over
                 await all_or_first_error([run.fill(page) for run in runs if not run.keys])
@@ -191,6 +191,13 @@ class _Run:
             found, self._after = await self._pages.newest(self._partition, limit, self._after)
             self.keys.extend(key for key in found if key != self._past)
             self.exhausted = self._after is None
+
+
+def _up_to(group: Sequence[Partition], past: str | None) -> list[Partition]:
+    """The group without what is newer than ``past``; the key conditions of the service know no "less than and"."""
+    if past is None:
+        return list(group)
+    return [Partition(p.index, p.value, Span(p.span.low, min(p.span.high, past))) for p in group if p.span.low <= past]
 
 
 def _drain(runs: Sequence[_Run], found: list[str], limit: int) -> None:
