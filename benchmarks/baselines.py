@@ -5,7 +5,7 @@
 ``careful``
     For each POST: one ``executemany`` in one transaction and one ``batch_writer`` (25 items a call), side by side.
 
-Both are ordinary aiohttp + asyncpg + aioboto3, pooled and warmed, uvloop on, with the same thirteen columns, four
+Both are ordinary aiohttp + asyncpg + aioboto3, pooled and warmed, uvloop on, with the same thirteen columns,
 indexes and item attributes as the sidecar writes. Neither keeps anything on disk of its own, so a crash or an outage
 loses what the client does not send again: they do less than the sidecar, not more.
 """
@@ -42,15 +42,21 @@ COLUMNS = (
     "correlation_id",
     "user_id",
 )
+# The sidecar's own table, index by index, so that the server has the same work.
 DDL = """
 CREATE TABLE IF NOT EXISTS integration_logs (
-    log_id uuid PRIMARY KEY, application_id bigint, log_type text NOT NULL, service_name text NOT NULL,
-    request_data text, response_data text, status_code integer, is_success boolean NOT NULL, error_message text,
-    processing_time_ms bigint, log_timestamp timestamptz NOT NULL, correlation_id text, user_id text);
-CREATE INDEX IF NOT EXISTS il_application ON integration_logs (application_id, log_timestamp DESC, log_id);
-CREATE INDEX IF NOT EXISTS il_service ON integration_logs (service_name, log_timestamp DESC, log_id);
-CREATE INDEX IF NOT EXISTS il_correlation ON integration_logs (correlation_id);
-CREATE INDEX IF NOT EXISTS il_failures ON integration_logs (log_timestamp DESC, log_id) WHERE NOT is_success;
+    log_id uuid PRIMARY KEY, application_id bigint, log_type varchar(50) NOT NULL DEFAULT 'INFO',
+    service_name varchar(100) COLLATE "C" NOT NULL, request_data text, response_data text, status_code integer,
+    is_success boolean NOT NULL DEFAULT true, error_message text, processing_time_ms bigint,
+    log_timestamp timestamptz NOT NULL DEFAULT now(), correlation_id varchar(100) COLLATE "C",
+    user_id varchar(100) COLLATE "C");
+CREATE INDEX IF NOT EXISTS il_application ON integration_logs (application_id, log_timestamp DESC, log_id DESC)
+    WHERE application_id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS il_service ON integration_logs (service_name, log_timestamp DESC, log_id DESC);
+CREATE INDEX IF NOT EXISTS il_correlation ON integration_logs (correlation_id, log_timestamp DESC, log_id DESC)
+    WHERE correlation_id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS il_failures ON integration_logs (log_timestamp DESC, log_id DESC) WHERE NOT is_success;
+CREATE INDEX IF NOT EXISTS il_time ON integration_logs (log_timestamp, log_id);
 """
 INSERT = (
     f"INSERT INTO integration_logs ({', '.join(COLUMNS)}) "
@@ -86,13 +92,13 @@ def prepare(document: dict[str, Any]) -> tuple[Row, Item]:
     item = {name: value for name, value in values.items() if value is not None}
     stamp = f"{at:%Y-%m-%dT%H:%M:%S.%f}Z#{log_id}"
     item |= {"log_id": str(log_id), "log_timestamp": f"{at:%Y-%m-%dT%H:%M:%S.%f}Z"}
-    item |= {"spk": f"S#{values['service_name']}#{at:%Y-%m-%d}#{log_id.int % 4}", "ssk": stamp}
+    item |= {"gs": f"S#{values['service_name']}#{at:%Y-%m-%d}#{log_id.int % 4}", "gt": stamp}
     if values.get("application_id") is not None:
-        item["apk"] = f"A#{values['application_id']}"
+        item["ga"] = f"A#{values['application_id']}"
     if values.get("correlation_id") is not None:
-        item["cpk"] = f"C#{values['correlation_id']}"
+        item["gc"] = f"C#{values['correlation_id']}"
     if not values["is_success"]:
-        item["epk"] = f"E#{at:%Y-%m-%d}#{log_id.int % 4}"
+        item["ge"] = f"E#{at:%Y-%m-%d}#{log_id.int % 4}"
     return row, item
 
 
