@@ -63,6 +63,12 @@ def _with_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _for_dev(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="DIR", default=".run", help="where everything lies; default: .run")
+    parser.add_argument("--app", metavar="HOST:PORT", default="127.0.0.1:8080", help="application listener")
+    parser.add_argument("--ops", metavar="HOST:PORT", default="127.0.0.1:9464", help="metrics and health listener")
+
+
 def _without_arguments(_parser: argparse.ArgumentParser) -> None:
     """Nothing after the verb."""
 
@@ -116,7 +122,7 @@ def _version(_args: argparse.Namespace) -> int:
 
 VERBS: Final[Sequence[Verb]] = (
     Verb("serve", "accept, store and deliver records until SIGTERM", _serve, _with_config),
-    Verb("dev", "a private PostgreSQL, a local DynamoDB and the sidecar between them", _dev, _without_arguments),
+    Verb("dev", "a private PostgreSQL, a local DynamoDB and the sidecar between them", _dev, _for_dev),
     Verb(
         "validate-config",
         "read the configuration as serve would, and say what is wrong",

@@ -22,6 +22,7 @@ class JsonFormatter(logging.Formatter):
     """``{"time", "level", "logger", "event", ...extra}``; an exception becomes its type and place, not its values."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """One event as one line of JSON."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

@@ -41,7 +41,7 @@ from sidecar.stores.base import Failure, Store, WriteResult
 log = logging.getLogger(__name__)
 
 _LINGER: Final = 0.01  # seconds that a part-filled chunk waits for company while other calls are under way
-_DEFERRED_POLL: Final = 0.5  # seconds
+_DEFERRED_POLL: Final = 0.2  # seconds
 _UNKNOWN_IN_A_ROW: Final = 5  # singles of unknown meaning, nothing delivered between: the store is at fault
 _GRACE_CODES: Final = frozenset({"23503"})  # the parent row may still come
 _GRACE_TRIES: Final = 15  # spread over fk_grace: counted, not timed, so that no clock jump shortens it
@@ -189,7 +189,9 @@ class _Run:
     async def _feed_deferred(self) -> None:
         first = True
         while True:
-            await self._clock.sleep(_DEFERRED_POLL)
+            due_us = self._owner.spool.next_due_us(self._owner.name)
+            until = _DEFERRED_POLL if due_us is None or first else (due_us - self._owner.steady_us()) / 1e6
+            await self._clock.sleep(min(max(until, _DEFERRED_POLL / 20), _DEFERRED_POLL))
             due_us = self._owner.spool.next_due_us(self._owner.name)
             # At the first look everything is due: stamps of an earlier run's clock decide nothing (P11).
             now_us = 2**62 if first else self._owner.steady_us()

@@ -1,0 +1,100 @@
+"""Who is asked for which observation at a scrape, and what ``/status`` says: read from the owners, copied nowhere."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+
+from sidecar.clock import Clock
+from sidecar.metrics import Metrics, Row
+from sidecar.phase import Phase
+from sidecar.retry import State
+from sidecar.shipper import Shipper
+from sidecar.spool import Counters, Spool
+
+_COUNTERS = (
+    ("store_records_owed_total", "owed"),
+    ("store_records_delivered_total", "delivered"),
+    ("store_records_released_total", "released"),
+    ("store_records_discarded_total", "discarded"),
+    ("store_records_quarantined_total", "quarantined"),
+    ("store_pending_records", "pending"),
+    ("store_pending_bytes", "pending_bytes"),
+)
+
+
+def _age(now_us: int, since_us: int | None) -> float:
+    return 0.0 if since_us is None else max(0.0, (now_us - since_us) / 1e6)
+
+
+def observe_spool(metrics: Metrics, spool: Spool, stores: Sequence[str], clock: Clock) -> None:
+    """The accounts of every store, divergence, and the state of the buffer."""
+
+    def account(field: str) -> Callable[[], list[Row]]:
+        return lambda: [((s,), float(getattr(spool.counters(s), field))) for s in stores]
+
+    for name, field in _COUNTERS:
+        metrics.observe(name, account(field))
+    metrics.observe(
+        "store_oldest_pending_age_seconds",
+        lambda: [((s,), _age(clock.now_us(), spool.counters(s).oldest_pending_us)) for s in stores],
+    )
+    metrics.observe("dead_letter_records", lambda: [(key, float(n)) for key, n in spool.dead_letter_counts().items()])
+    metrics.observe("divergence_records", lambda: [(pair, float(n)) for pair, n in spool.divergence().items()])
+    metrics.observe("divergence_oldest_age_seconds", lambda: [((), _age(clock.now_us(), spool.divergence_oldest_us()))])
+    state = spool.state
+    metrics.observe("spool_bytes", lambda: [((), float(state().bytes_used))])
+    metrics.observe("spool_capacity_bytes", lambda: [((), float(state().capacity_bytes))])
+    metrics.observe("spool_free_disk_bytes", lambda: [((), float(state().free_disk_bytes))])
+    metrics.observe("spool_quarantined_records_total", lambda: [((), float(state().quarantined_records))])
+    metrics.observe("spool_wal_damage_total", lambda: [((), float(state().wal_damage))])
+    metrics.observe("dedup_ids", lambda: [((), float(state().dedup_ids))])
+
+
+def observe_delivery(metrics: Metrics, shippers: Mapping[str, Shipper]) -> None:
+    """What each shipper is doing."""
+    metrics.observe(
+        "store_state",
+        lambda: [
+            ((name, state.value), float(shipper.status().state is state))
+            for name, shipper in shippers.items()
+            for state in State
+        ],
+    )
+    metrics.observe("store_inflight_limit", lambda: [((n,), float(s.pace.limit)) for n, s in shippers.items()])
+    metrics.observe("store_rate_limit_records", lambda: [((n,), s.pace.rate.current) for n, s in shippers.items()])
+
+
+def observe_phase(
+    metrics: Metrics, applied: Callable[[], Phase], desired: Callable[[], Phase], epoch: Callable[[], int]
+) -> None:
+    """The phase that is applied and the one that is wanted."""
+    metrics.observe("phase", lambda: [((p.label,), float(applied() is p)) for p in Phase])
+    metrics.observe("desired_phase", lambda: [((p.label,), float(desired() is p)) for p in Phase])
+    metrics.observe("phase_epoch", lambda: [((), float(epoch()))])
+
+
+def delivery_status(spool: Spool, shippers: Mapping[str, Shipper], clock: Clock) -> dict[str, object]:
+    """The part of ``/status`` about the stores."""
+    now_us = clock.now_us()
+    stores: dict[str, object] = {}
+    for name, shipper in shippers.items():
+        status = asdict(shipper.status())
+        if math.isinf(status["rate_limit"]):
+            status["rate_limit"] = None
+        account: Counters = spool.counters(name)
+        stores[name] = {
+            **status,
+            "account": asdict(account),
+            "oldest_pending_age_seconds": _age(now_us, account.oldest_pending_us),
+        }
+    return stores
+
+
+def spool_status(spool: Spool) -> dict[str, object]:
+    """The part of ``/status`` about the buffer."""
+    return {
+        **asdict(spool.state()),
+        "dead_letters": {f"{store}/{kind}": n for (store, kind), n in spool.dead_letter_counts().items()},
+        "divergence": [{"present_in": a, "missing_from": b, "records": n} for (a, b), n in spool.divergence().items()],
+        "recovery": list(spool.recovery.messages),
+    }

@@ -1,0 +1,406 @@
+"""One sidecar from start to exit.
+
+ORDER OF START, and why: the ops listener first, so that a probe sees "live, not ready" during a long recovery; then the
+spool, because nothing can be promised without it; the stores, which do not connect; the phase, which the spool
+remembers; the shippers, so that what an earlier run left is under way; the application's listener last: from then on
+the sidecar is ready. Only then the configuration is watched.
+
+ORDER OF STOP, the reverse: the watcher; the door (shortly before the deadline, an application may still be writing its
+last lines); the shippers, once nothing is pending or the deadline came; the listeners; the stores; the spool. What is
+left is on disk, counted, and delivered by the next start.
+"""
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+
+from sidecar import jsonlog
+from sidecar.api.body import Budget
+from sidecar.api.listener import Listener
+from sidecar.api.parts import ApiParts, Found, OpsParts, Readiness
+from sidecar.api.server import build_app, build_ops
+from sidecar.api.tokens import TokenFile
+from sidecar.app import observe
+from sidecar.app.parts import FailClosed, SpoolMemory
+from sidecar.app.supervise import keep_running
+from sidecar.clock import Clock, SystemClock
+from sidecar.config import Loaded
+from sidecar.dead_letter import DeadLetters
+from sidecar.errors import ConfigError, SpoolFailed
+from sidecar.intake import Intake, Standing
+from sidecar.metrics import Metrics
+from sidecar.migration import Desired, Hold, PhaseSwitch, Transition
+from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
+from sidecar.reads import Reads
+from sidecar.reload import Change, Watcher, subpath_warning
+from sidecar.screening import Minter
+from sidecar.settings import MIB, Settings
+from sidecar.shipper import Shipper
+from sidecar.spool import Spool
+from sidecar.stores.base import Store
+from sidecar.stores.dynamodb import DynamoDBStore
+from sidecar.stores.postgres import PostgresStore
+
+log = logging.getLogger(__name__)
+
+_RECONSIDER: Final = 1.0  # seconds between two looks at a held phase change
+_GRACE: Final = 1.0  # seconds that answers under way have once the door is closed
+_POLL: Final = 0.05  # seconds, while draining
+_EXIT_SPOOL_FAILED: Final = 4
+_BODIES: Final = 64 * MIB  # of all request bodies being read together
+
+
+def build_stores(settings: Settings, clock: Clock) -> dict[StoreName, Store]:
+    """The only place that names concrete stores."""
+    return {
+        POSTGRES: PostgresStore(settings.postgres, clock=clock),
+        DYNAMODB: DynamoDBStore(settings.dynamodb, clock=clock),
+    }
+
+
+async def init_stores(loaded: Loaded) -> int:
+    """Create what is missing in both stores; prints what was done. Raises StoreError."""
+    stores = build_stores(loaded.settings, SystemClock())
+    try:
+        for name, store in stores.items():
+            for line in await store.create() or ("nothing to do",):
+                print(f"{name}: {line}")  # noqa: T201  (the answer of a command)
+    finally:
+        for store in stores.values():
+            await store.close()
+    return 0
+
+
+async def serve(loaded: Loaded, *, clock: Clock | None = None) -> int:
+    """Run one sidecar until SIGTERM or SIGINT; returns the exit code.
+
+    Raises:
+        SpoolLocked, SpoolRefused: the spool cannot be used.
+        ConfigError: an address cannot be listened on.
+    """
+    jsonlog.configure(loaded.settings.logging.level)
+    return await _Sidecar(loaded, clock or SystemClock()).run()
+
+
+class _Sidecar:
+    """Holds the parts between start and stop; decides nothing that a part can decide."""
+
+    def __init__(self, loaded: Loaded, clock: Clock) -> None:
+        self._loaded = loaded
+        self._settings = loaded.settings
+        self._clock = clock
+        self._metrics = Metrics(CollectorRegistry())
+        self._stores = build_stores(loaded.settings, clock)
+        self._shippers: dict[str, Shipper] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stop = asyncio.Event()
+        self._failure: SpoolFailed | None = None
+        self._ready = False
+        self._spool: Spool
+        self._switch: PhaseSwitch
+        self._intake: Intake
+        self._watcher: Watcher
+
+    # -- start ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Start, serve until told to stop, stop."""
+        settings = self._settings
+        ops_parts = OpsParts(self._metrics.registry, self._readiness, self._health)
+        ops = Listener(build_ops(ops_parts, self._metrics), settings.listen.ops, settings.listen)
+        await ops.start()
+        try:
+            await self._open_spool()
+            try:
+                return await self._serve()
+            finally:
+                await self._spool.close()
+        finally:
+            await ops.stop(_GRACE)
+            for store in self._stores.values():
+                await store.close()
+
+    async def _open_spool(self) -> None:
+        options = self._settings.spool
+        directory = Path(options.directory)
+        opening = asyncio.to_thread(Spool.open, directory, options, self._settings.dedup, STORES, self._clock)
+        self._spool = await opening
+        self._spool.on_failure = self._spool_failed
+        for message in self._spool.recovery.messages:
+            log.warning("spool recovered", extra={"what": message})
+        observe.observe_spool(self._metrics, self._spool, STORES, self._clock)
+        left = self._spool.meta("undelivered_at_exit") or ""
+        counts = dict(pair.split("=", 1) for pair in left.split(",") if pair)
+        self._metrics.observe("undelivered_at_exit", lambda: [((s,), float(counts.get(s, 0))) for s in STORES])
+
+    async def _serve(self) -> int:
+        await self._open_phase()
+        self._build_delivery()
+        self._intake = self._build_intake()
+        listener = Listener(build_app(self._api_parts()), self._settings.listen.app, self._settings.listen)
+        for name, shipper in self._shippers.items():
+            self._spawn(keep_running(name, shipper.run, clock=self._clock, died=self._died))
+        await listener.start()
+        try:
+            self._watch()
+            self._ready = True
+            log.info("ready", extra={"phase": self._switch.policy.phase.label, "app": self._settings.listen.app})
+            with _Signals(self._stop, self._watcher):
+                await self._stop.wait()
+            await self._drain()
+        finally:
+            self._ready = False
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await listener.stop(_GRACE)
+        return await self._leave()
+
+    async def _open_phase(self) -> None:
+        settings = self._settings
+        self._switch = await PhaseSwitch.open(
+            SpoolMemory(self._spool),
+            Desired(settings.phase, settings.phase_epoch, settings.phase_force),
+            strengthen=self._strengthen,
+            clock=self._clock,
+            recorder=self._record,
+            on_hold=(self._held,),
+        )
+        observe.observe_phase(
+            self._metrics,
+            lambda: self._switch.policy.phase,
+            lambda: self._switch.desired.phase,
+            lambda: self._switch.applied.epoch or 0,
+        )
+
+    def _build_delivery(self) -> None:
+        options = self._settings.spool
+        letters = DeadLetters(
+            self._spool, max_bytes=int(options.cap_bytes * options.dead_letter_share), clock=self._clock
+        )
+        for name, store in self._stores.items():
+            self._shippers[name] = Shipper(
+                store,
+                self._spool,
+                retry=lambda: self._settings.retry,
+                dead_letters_full=partial(letters.full, name),
+                clock=self._clock,
+                metrics=self._metrics,
+                rng=random.Random(),  # noqa: S311  (jitter, not secrets)
+            )
+        observe.observe_delivery(self._metrics, self._shippers)
+
+    def _build_intake(self) -> Intake:
+        intake = Intake(
+            spool=self._spool,
+            standing=lambda: Standing(self._switch.policy),
+            settings=lambda: self._settings,
+            minter=Minter(self._clock, os.urandom),
+            clock=self._clock,
+            metrics=self._metrics,
+            closed=FailClosed(lambda: self._settings, lambda: self._switch, lambda: self._shippers, self._clock),
+        )
+        intake.load(self._spool.window())
+        return intake
+
+    def _api_parts(self) -> ApiParts:
+        reads = Reads(self._stores, lambda: self._switch.policy)
+
+        async def get(log_id: str) -> Found:
+            read = await reads.get(log_id)
+            return Found(read.record, read.served_by, read.policy.phase.label)
+
+        return ApiParts(
+            intake=self._intake,
+            settings=lambda: self._settings,
+            metrics=self._metrics,
+            status=self._status,
+            record_status=self._spool.status,
+            get=get,
+            read_token=TokenFile(lambda: self._settings.reads.token_file),
+            budget=Budget(_BODIES),
+        )
+
+    def _watch(self) -> None:
+        path = self._loaded.path
+        self._watcher = Watcher(path, self._loaded, on_change=self._changed, on_error=self._refused, clock=self._clock)
+        warning = subpath_warning(path)
+        if warning:
+            log.warning("configuration mount", extra={"what": warning})
+        watcher = self._watcher
+        metrics = self._metrics
+        metrics.observe("config_last_reload_successful", lambda: [((), float(watcher.last_successful))])
+        metrics.observe("config_last_reload_success_timestamp_seconds", lambda: [((), watcher.last_success_us / 1e6)])
+        metrics.observe("config_info", lambda: [((watcher.current.digest,), 1.0)])
+        metrics.observe("backpressure_active", self._backpressure)
+        self._spawn(watcher.run())
+        self._spawn(self._switch.run(_RECONSIDER))
+
+    def _spawn(self, what: "asyncio._CoroutineLike[None]") -> None:
+        task = asyncio.get_running_loop().create_task(what)
+        task.add_done_callback(self._task_ended)
+        self._tasks.append(task)
+
+    def _task_ended(self, task: "asyncio.Task[None]") -> None:
+        """Watcher and switch end only with the spool; anything else is a bug that must not stay silent."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.error("task ended", extra={"task": task.get_name()}, exc_info=error)
+        self._stop.set()
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def _died(self, name: str) -> None:
+        self._metrics.shipper_restarts.labels(name).inc()
+
+    def _spool_failed(self, error: SpoolFailed) -> None:
+        log.critical("the spool failed; stopping, the next start recovers", extra={"what": str(error)})
+        self._failure = error
+        self._ready = False
+        self._stop.set()
+
+    async def _strengthen(self, store: StoreName) -> None:
+        await self._spool.strengthen(store)
+
+    async def _record(self, transition: Transition) -> None:
+        source = "none" if transition.source is None else transition.source.label
+        self._metrics.phase_transitions.labels(source, transition.target.label, str(transition.forced).lower()).inc()
+        log.warning(
+            "phase changed",
+            extra={
+                "from": source,
+                "to": transition.target.label,
+                "by": transition.by,
+                "why": transition.why,
+                "forced": transition.forced,
+            },
+        )
+        await self._spool.audit(transition.by, f"phase {source} -> {transition.target.label}", transition.why)
+
+    def _held(self, hold: Hold | None) -> None:
+        if hold is None:
+            log.info("phase change no longer held")
+        else:
+            log.warning(
+                "phase change held",
+                extra={"gate": hold.gate, "observed": hold.observed, "required": hold.required},
+            )
+
+    async def _changed(self, change: Change) -> None:
+        self._settings = change.loaded.settings
+        logging.getLogger().setLevel(self._settings.logging.level.upper())
+        log.info(
+            "configuration changed",
+            extra={"changed": ",".join(change.changed), "restart_required": ",".join(change.restart_required)},
+        )
+        for shipper in self._shippers.values():
+            shipper.wake()
+        settings = self._settings
+        await self._switch.desire(settings.phase, settings.phase_epoch, settings.phase_force)
+
+    def _refused(self, error: ConfigError) -> None:
+        self._metrics.config_reload_failures.inc()
+        log.error("configuration refused; the last good one stays in force", extra={"what": str(error)})
+
+    # -- what others ask -----------------------------------------------------------------------------------------
+
+    def _readiness(self) -> Readiness:
+        if self._failure is not None:
+            return Readiness(ready=False, reasons=(f"the spool failed: {self._failure}",))
+        return Readiness(ready=self._ready, reasons=() if self._ready else ("starting or stopping",))
+
+    def _backpressure(self) -> Sequence[tuple[tuple[str, ...], float]]:
+        busy = self._spool.state().busy_reason
+        return [((reason,), float(busy == reason)) for reason in ("spool_full", "disk_full")]
+
+    def _health(self) -> Mapping[str, object]:
+        if not self._ready:
+            return {"ready": False, "reasons": self._readiness().reasons}
+        return {
+            "ready": True,
+            "phase": self._switch.policy.phase.label,
+            "stores": {name: shipper.status().state.value for name, shipper in self._shippers.items()},
+            "pending": {name: self._spool.counters(name).pending for name in STORES},
+            "accepting": self._spool.state().accepting,
+        }
+
+    def _status(self) -> Mapping[str, object]:
+        switch, watcher = self._switch, self._watcher
+        return {
+            "instance": self._settings.instance or os.environ.get("HOSTNAME") or socket.gethostname(),
+            "phase": {
+                "applied": switch.policy.phase.label,
+                "description": switch.policy.description,
+                "flags": switch.policy.flags,
+                "desired": switch.desired.phase.label,
+                "epoch": switch.applied.epoch,
+                "hold": switch.hold,
+                "history": switch.applied.history[-10:],
+            },
+            "stores": observe.delivery_status(self._spool, self._shippers, self._clock),
+            "spool": observe.spool_status(self._spool),
+            "configuration": {
+                "path": self._loaded.path,
+                "sha256": watcher.current.digest,
+                "last_reload_successful": watcher.last_successful,
+                "restart_required": watcher.restart_required,
+            },
+        }
+
+    # -- stop ----------------------------------------------------------------------------------------------------
+
+    def _pending(self) -> int:
+        return sum(self._spool.counters(name).pending for name in STORES)
+
+    async def _drain(self) -> None:
+        """Go on accepting until shortly before the deadline, deliver what can be delivered (semantics, section 5)."""
+        drain = self._settings.drain
+        deadline = self._clock.monotonic() + drain.timeout
+        log.info("stopping", extra={"pending": self._pending(), "seconds": drain.timeout})
+        closing = deadline - min(drain.stop_accepting_before, drain.timeout)
+        quiet_since: float | None = None
+        while self._failure is None and (now := self._clock.monotonic()) < deadline:
+            if now >= closing:
+                self._intake.stop()
+            if self._pending():
+                quiet_since = None
+            else:
+                quiet_since = now if quiet_since is None else quiet_since
+                if now - quiet_since >= min(1.0, drain.stop_accepting_before):
+                    break
+            await self._clock.sleep(_POLL)
+        self._intake.stop()
+
+    async def _leave(self) -> int:
+        """The last line: what is left, by store."""
+        if self._failure is not None:
+            return _EXIT_SPOOL_FAILED
+        left = {name: self._spool.counters(name).pending for name in STORES}
+        await self._spool.set_meta("undelivered_at_exit", ",".join(f"{s}={n}" for s, n in left.items()))
+        log.info("stopped", extra={f"undelivered_{name}": n for name, n in left.items()})
+        return 0
+
+
+class _Signals:
+    """SIGTERM and SIGINT stop, SIGHUP looks at the configuration."""
+
+    def __init__(self, stop: asyncio.Event, watcher: Watcher) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._handlers = {signal.SIGTERM: stop.set, signal.SIGINT: stop.set, signal.SIGHUP: watcher.trigger}
+
+    def __enter__(self) -> None:
+        for number, handler in self._handlers.items():
+            self._loop.add_signal_handler(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number in self._handlers:
+            self._loop.remove_signal_handler(number)
