@@ -155,7 +155,7 @@ def _seen(source: bytes) -> str:
     return _SEEN.get(source[0], "a number") if source else "nothing"
 
 
-def _value(  # noqa: PLR0911  (one line for each kind)
+def _value(
     field: str, rule: FieldRule, source: bytes, bounds: Bounds, stamps: Timestamps
 ) -> str | int | bool | UnsetType | None:
     if source == b"null":
@@ -164,9 +164,7 @@ def _value(  # noqa: PLR0911  (one line for each kind)
         return _bool(field, source)
     if rule.kind in _INT_BOUND:
         return _int(field, source, _INT_BOUND[rule.kind])
-    if rule.kind is Kind.PAYLOAD and source[0] != QUOTE:
-        return source.decode()
-    text = _text(field, source)
+    text = source.decode() if rule.kind is Kind.PAYLOAD and source[0] != QUOTE else _text(field, source)
     if rule.kind is Kind.UUID:
         return _parsed(canonical, text, field, Rule.LOG_ID)
     if rule.kind is Kind.INSTANT:

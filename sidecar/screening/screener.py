@@ -253,6 +253,8 @@ class Screener:
                         raise _Doubt
                     else:
                         request_data = piece.decode()
+                        if len(request_data) > request_limit:
+                            raise _Doubt
                 raw = wire.response_data
                 response_data: str | None
                 if raw is UNSET:
@@ -271,6 +273,8 @@ class Screener:
                         raise _Doubt
                     else:
                         response_data = piece.decode()
+                        if len(response_data) > response_limit:
+                            raise _Doubt
                 text = wire.log_timestamp
                 moment: int | None
                 if text is UNSET or text is None:
