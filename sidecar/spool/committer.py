@@ -22,8 +22,8 @@ from sidecar.clock import Clock
 from sidecar.errors import Busy, SpoolFailed
 from sidecar.record import LogRecord
 from sidecar.settings import Spool as SpoolSettings
-from sidecar.spool import disk, framing, schema, window
-from sidecar.spool.framing import Chunk, Entry, Header
+from sidecar.spool import disk, divergence, framing, schema, window
+from sidecar.spool.framing import Chunk, Entry
 
 _GROUP_BYTES: Final = 16 * 1024 * 1024  # of records in one transaction
 _STATS_EVERY: Final = 0.02  # seconds
@@ -31,6 +31,7 @@ _STUCK_PAUSE: Final = 0.25
 _IDLE_PAUSE: Final = 0.2
 _VACUUM_PAGES: Final = 256
 _KEPT_FREE_PAGES: Final = 1024  # 4 MiB that the file does not give back
+_WRITTEN: Final = "INSERT INTO meta VALUES('written', ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value"
 _CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 Run = Callable[[sqlite3.Connection], Any]
@@ -65,6 +66,7 @@ class Write:
     future: "asyncio.Future[Any]"
     done: Callable[[Any], None] | None = None
     refusable: bool = False  # may be given up with Busy when there is no room
+    marks: bool = False  # only marks: a crash may lose them
 
 
 @dataclass(slots=True, eq=False)
@@ -306,6 +308,10 @@ class Committer:
         try:
             entries = self._insert(appends) if appends else []
             answers: list[_Answer] = [(write, write.run(connection)) for write in writes]
+            durable = any(not write.marks for write in writes)
+            if durable:  # leaves a trace in the numbers, so that its loss would be noticed at the next start
+                self._last_seq += 1
+                connection.execute(_WRITTEN, (str(self._last_seq),))
             connection.execute("COMMIT")
         except sqlite3.Error as exc:
             if schema.code(exc) == sqlite3.SQLITE_FULL and connection.in_transaction:
@@ -313,14 +319,11 @@ class Committer:
             raise
         now = time.perf_counter()
         self._commit_seconds = now - started
-        if entries:
-            for entry in entries:
-                header = entry.header
-                bit, mask = 0, header.owed
-                while mask:
-                    if mask & 1:
-                        self._accepted[bit] = self._accepted.get(bit, 0) + header.n
-                    bit, mask = bit + 1, mask >> 1
+        for entry in entries:
+            for store in divergence.single_bits(entry.header.owed):
+                bit = store.bit_length() - 1
+                self._accepted[bit] = self._accepted.get(bit, 0) + entry.header.n
+        if entries or durable:
             self._position.write(disk.RUNNING, self._last_seq, self._accepted)
         self._wal_pages += 3 + len(writes) + sum(2 + e.header.size // 4000 for e in entries)
         stats = self._stats() if now - self._stats_at > _STATS_EVERY else None
@@ -453,7 +456,7 @@ def _finish(frame: _Open, now_us: int) -> tuple[Entry, bytes]:
         t0, t1 = min(c.t0 for c in chunks), max(c.t1 for c in chunks)
     phase, owed, required, flags = frame.key
     small = (frame.seq, phase, owed, required, flags, frame.n, frame.size, now_us, t0, t1)
-    return Entry(Header(*small, framing.checksum(*small, ids), ids), records, sizes), body
+    return Entry(framing.seal(small, ids), records, sizes), body
 
 
 def _tell(answers: Sequence[_Answer]) -> None:

@@ -137,7 +137,7 @@ class StoreCursor:
         if covered is not None:
             hi = min(hi, covered - 1)
         turn = self._turn
-        found, scanned = await self._parts.read(lambda c: _fetch(c, lo, hi, mask, max_records, max_bytes))
+        found, scanned = await self._parts.read(lambda c: _fetch(c, lo, hi, mask, (max_records, max_bytes)))
         if turn != self._turn:
             return []
         out: list[Frame] = []
@@ -264,12 +264,11 @@ class StoreCursor:
         )
 
 
-def _fetch(
-    connection: sqlite3.Connection, lo: int, hi: int, mask: int, max_records: int, max_bytes: int
-) -> tuple[Found, int]:
+def _fetch(connection: sqlite3.Connection, lo: int, hi: int, mask: int, bounds: tuple[int, int]) -> tuple[Found, int]:
     """Headers from lo to hi, bodies of those owed to the mask within the bounds; and up to where all was looked at."""
     found: Found = []
     records = size = 0
+    max_records, max_bytes = bounds
     headers = connection.execute(
         f"SELECT {HEADER_COLUMNS} FROM frames WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT {_HEADERS}", (lo, hi)
     ).fetchall()

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -13,6 +14,7 @@ from sidecar.errors import SpoolLocked, SpoolRefused
 DATABASE: Final = "spool.db"
 WAL: Final = "spool.db-wal"
 REPAIR: Final = "repair"
+REBUILT: Final = "spool.db.rebuilt"
 BALLAST: Final = "ballast"
 _VOLATILE: Final = frozenset(
     {"tmpfs", "ramfs", "overlay", "overlayfs", "aufs", "nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph-fuse"}
@@ -139,17 +141,19 @@ OPENING: Final = 1  # being created, or stopped in order before: nothing was ack
 RUNNING: Final = 2  # may have acknowledged commits that are only in the write-ahead log
 CLEAN: Final = 3
 _SLOTS: Final = 10
-_LAYOUT: Final = struct.Struct(f"<4sIQ{_SLOTS}Q")
+_NAME_BYTES: Final = 24
+_LAYOUT: Final = struct.Struct(f"<4sIQ{_SLOTS}Q{_SLOTS * _NAME_BYTES}s")
 _MAGIC: Final = b"HLP1"
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What ``position`` says: the state, the last acknowledged seq, records accepted per store bit."""
+    """What ``position`` says: the state, the last acknowledged seq, names and records accepted by store bit."""
 
     state: int
     seq: int
     accepted: tuple[int, ...]
+    names: tuple[str, ...]
 
 
 class Position:
@@ -157,6 +161,7 @@ class Position:
 
     def __init__(self, directory: Path) -> None:
         self._fd = os.open(directory / "position", os.O_RDWR | os.O_CREAT, 0o600)
+        self._names = b""
 
     @staticmethod
     def read(directory: Path) -> Mark | None:
@@ -168,17 +173,22 @@ class Position:
         body, tail = data[: _LAYOUT.size], data[_LAYOUT.size : _LAYOUT.size + 4]
         if len(tail) != 4 or body[:4] != _MAGIC or crc32(body) != int.from_bytes(tail, "little"):  # noqa: PLR2004
             return None
-        _, state, seq, *accepted = _LAYOUT.unpack(body)
-        return Mark(state, seq, tuple(accepted))
+        _, state, seq, *accepted, packed = _LAYOUT.unpack(body)
+        names = [packed[i : i + _NAME_BYTES].rstrip(b"\0").decode() for i in range(0, len(packed), _NAME_BYTES)]
+        return Mark(state, seq, tuple(accepted), tuple(name for name in names if name))
 
-    def write(self, state: int, seq: int, accepted: dict[int, int]) -> None:
+    def name(self, names: Sequence[str]) -> None:
+        """Say which store is which bit, for the day when only this file is left of ``progress``."""
+        self._names = b"".join(name.encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0") for name in names[:_SLOTS])
+
+    def write(self, state: int, seq: int, accepted: Mapping[int, int]) -> None:
         """Overwrite in place: about a microsecond."""
         slots = [accepted.get(bit, 0) for bit in range(_SLOTS)]
-        body = _LAYOUT.pack(_MAGIC, state, seq, *slots)
+        body = _LAYOUT.pack(_MAGIC, state, seq, *slots, self._names)
         os.pwrite(self._fd, body + crc32(body).to_bytes(4, "little"), 0)
 
     def sync(self) -> Self:
-        """fsync: at a change of state."""
+        """Wait until it is on the disk: at a change of state."""
         os.fsync(self._fd)
         return self
 

@@ -6,6 +6,7 @@ is noticed; each record has a checksum of its own, so that one damaged record ta
 twice: with a sound index a damaged length in the body costs nothing.
 """
 
+import contextlib
 import struct
 from collections.abc import Sequence
 from itertools import chain
@@ -45,7 +46,7 @@ class Header(NamedTuple):
     def sound(self) -> bool:
         """True where the checksum fits and the index has the right length."""
         try:
-            return len(self.ids) == 20 * self.n and self.crc == checksum(*self[:10], self.ids)
+            return len(self.ids) == 20 * self.n and self.crc == checksum(self[:10], self.ids)
         except (struct.error, TypeError):  # damage made a column NULL, text or out of range
             return False
 
@@ -86,21 +87,9 @@ class Unpacked(NamedTuple):
     damaged: list[Damaged]
 
 
-def checksum(
-    seq: int,
-    phase: int,
-    owed: int,
-    required: int,
-    flags: int,
-    n: int,
-    size: int,
-    accepted_us: int,
-    t0: int,
-    t1: int,
-    ids: bytes,
-) -> int:
-    """crc32 of a frame's small columns and its index."""
-    return crc32(ids, crc32(_SIGNED.pack(seq, phase, owed, required, flags, n, size, accepted_us, t0, t1)))
+def checksum(small: tuple[int, ...], ids: bytes) -> int:
+    """crc32 of a frame's ten small columns (seq to t1) and its index."""
+    return crc32(ids, crc32(_SIGNED.pack(*small)))
 
 
 def pack(records: Sequence[LogRecord], encoded: Sequence[bytes]) -> list[Chunk]:
@@ -148,6 +137,25 @@ def find_id(ids: bytes | bytearray, n: int, log_id: bytes) -> int | None:
 def lengths(header: Header) -> tuple[int, ...]:
     """The stored size of each record in bytes."""
     return struct.unpack_from(f"<{header.n}I", header.ids, _ID * header.n)
+
+
+def seal(small: tuple[int, ...], ids: bytes) -> Header:
+    """The header of a frame: its ten small columns (seq to t1) and its index, with their checksum."""
+    return Header._make((*small, checksum(small, ids), ids))
+
+
+def scan(body: bytes) -> list[LogRecord]:
+    """The sound records of a body without a trusted header, by the lengths in the body, up to the first bad length."""
+    records: list[LogRecord] = []
+    at = 0
+    while at + PREFIX.size <= len(body):
+        size, crc = PREFIX.unpack_from(body, at)
+        raw = body[at + PREFIX.size : at + PREFIX.size + size]
+        if len(raw) == size and crc32(raw) == crc:
+            with contextlib.suppress(msgspec.MsgspecError):
+                records.append(decode(raw))
+        at += PREFIX.size + size
+    return records
 
 
 def unpack(header: Header, body: bytes) -> Unpacked:

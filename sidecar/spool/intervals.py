@@ -42,7 +42,9 @@ class Intervals:
         his[first:after] = [last]
 
     def remove(self, lo: int, hi: int) -> None:
-        """Take lo..hi inclusive out."""
+        """Take lo..hi inclusive out; an empty range changes nothing."""
+        if hi < lo:
+            return
         kept = [part for a, b in self for part in ((a, min(b, lo - 1)), (max(a, hi + 1), b)) if part[0] <= part[1]]
         self._lo = [a for a, _ in kept]
         self._hi = [b for _, b in kept]

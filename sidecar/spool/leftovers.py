@@ -13,7 +13,7 @@ from zlib import crc32
 import msgspec
 
 from sidecar.record import LogRecord, decode
-from sidecar.spool import divergence, marks
+from sidecar.spool import divergence, marks, progress
 from sidecar.spool.divergence import Pair
 from sidecar.spool.ledger import LeftoverRow
 from sidecar.spool.marks import Refreshed
@@ -178,7 +178,7 @@ def finish(
     if outcome is None:
         change.corrections = _corrections(connection, row, settled)
         connection.execute("DELETE FROM leftovers WHERE key = ?", (key,))
-        connection.execute("UPDATE progress SET delivered = delivered + 1 WHERE name = ?", (row.store,))
+        progress.add(connection, row.store, delivered=1)
         before = change.corrections
         change.corrections = _corrections(connection, row, settled)
         change.corrections.subtract(before)
@@ -204,7 +204,7 @@ def quarantine(connection: sqlite3.Connection, row: Row, held: int) -> Change:
     """A leftover's own body is damaged: it can be delivered no more; the row stays as the mark of that."""
     change = Change(1)
     connection.execute("UPDATE leftovers SET state = ? WHERE key = ?", (QUARANTINED, row.key))
-    connection.execute("UPDATE progress SET quarantined = quarantined + 1 WHERE name = ?", (row.store,))
+    progress.add(connection, row.store, quarantined=1)
     change.quarantined[row.store] = 1
     if row.state == DEFERRED:
         change.deferred[row.store] = -1
@@ -238,11 +238,12 @@ def discard(connection: sqlite3.Connection, chosen: Selection, limit: int) -> Ch
             connection.execute("DELETE FROM leftovers WHERE key = ?", (key,))
         else:
             connection.execute("UPDATE leftovers SET state = ?, body = NULL WHERE key = ?", (DISCARDED, key))
-            connection.execute("UPDATE progress SET discarded = discarded + 1 WHERE name = ?", (store,))
             change.discarded[store] += 1
         change.moved += 1
         change.dead[store, retry_class] -= 1
         change.dead_bytes[store] -= size
+    for store, n in change.discarded.items():
+        progress.add(connection, store, discarded=n)
     return change
 
 

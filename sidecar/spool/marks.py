@@ -6,19 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.spool import divergence
+from sidecar.spool import divergence, progress
 from sidecar.spool.committer import Key
 from sidecar.spool.divergence import Pair
 from sidecar.spool.framing import UNRESOLVED
-from sidecar.spool.ledger import Exceptional, Resolution, Snapshot
+from sidecar.spool.ledger import Exceptional, MarkRow, Resolution, Snapshot
+from sidecar.spool.progress import Progress
 from sidecar.spool.schema import DEFERRED
 from sidecar.spool.types import AuditLine
 
 INSERT_LEFTOVER: Final = f"""INSERT INTO leftovers(store, state, seq, idx, log_id, phase, owed, required, accepted_us,
     first_us, last_us, due_us, attempts, retry_class, reason, code, size, crc, body)
     VALUES({", ".join("?" * 19)})"""
-_UPDATE_PROGRESS: Final = """UPDATE progress SET upto = ?, ahead = ?, accepted = accepted + ?, accepted_seq = ?,
-    delivered = delivered + ?, released = released + ?, quarantined = quarantined + ? WHERE bit = ?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,9 @@ class Written:
 
 def write(connection: sqlite3.Connection, snapshot: Snapshot) -> Written:
     """Write a snapshot inside the current transaction."""
-    connection.executemany(_UPDATE_PROGRESS, snapshot.marks)
+    if snapshot.marks:
+        rows = {row.bit: row for row in progress.load(connection)}
+        progress.store(connection, [_changed(rows[mark.bit], mark) for mark in snapshot.marks])
     changed: Counter[Pair] = Counter()
     deferring = set()
     for exceptional in snapshot.exceptional:
@@ -56,6 +57,18 @@ def write(connection: sqlite3.Connection, snapshot: Snapshot) -> Written:
             (present, missing, records),
         )
     return Written(changed, [refresh(connection, store) for store in deferring])
+
+
+def _changed(row: Progress, mark: MarkRow) -> Progress:
+    return row._replace(
+        upto=mark.upto,
+        ahead=mark.ahead,
+        accepted=row.accepted + mark.owed,
+        accepted_seq=mark.accepted_seq,
+        delivered=row.delivered + mark.delivered,
+        released=row.released + mark.released,
+        quarantined=row.quarantined + mark.quarantined,
+    ).sealed()
 
 
 def refresh(connection: sqlite3.Connection, store: str, held: int = 0) -> Refreshed:
@@ -94,13 +107,11 @@ def masks_at(connection: sqlite3.Connection, seq: int, idx: int | None = None) -
 
 def strengthen(connection: sqlite3.Connection, bit: int) -> int:
     """Every frame so far is required for the store; returns the last seq that this holds for."""
-    connection.execute(
-        "UPDATE progress SET strengthened = max(strengthened, accepted_seq,"
-        " (SELECT coalesce(max(seq), 0) FROM frames)) WHERE bit = ?",
-        (bit,),
-    )
-    (seq,) = connection.execute("SELECT strengthened FROM progress WHERE bit = ?", (bit,)).fetchone()
-    return int(seq)
+    (newest,) = connection.execute("SELECT coalesce(max(seq), 0) FROM frames").fetchone()
+    row = next(row for row in progress.load(connection) if row.bit == bit)
+    seq = max(row.strengthened, row.accepted_seq, int(newest))
+    progress.store(connection, [row._replace(strengthened=seq).sealed()])
+    return seq
 
 
 def resolve(connection: sqlite3.Connection, key: Key) -> tuple[Resolution, dict[int, int]] | None:
@@ -118,14 +129,14 @@ def resolve(connection: sqlite3.Connection, key: Key) -> tuple[Resolution, dict[
     resolution = Resolution(lo, hi, key.phase, key.owed, key.required)
     connection.execute("INSERT INTO resolutions VALUES(?, ?, ?, ?, ?)", resolution)
     counted = {}
-    for bit in [bit for (bit,) in connection.execute("SELECT bit FROM progress").fetchall() if key.owed >> bit & 1]:
-        (n,) = connection.execute(
-            "SELECT coalesce(sum(n), 0) FROM frames WHERE flags & ? AND seq BETWEEN ? AND"
-            " (SELECT accepted_seq FROM progress WHERE bit = ?)",
-            (UNRESOLVED, lo, bit),
-        ).fetchone()
-        connection.execute("UPDATE progress SET accepted = accepted + ? WHERE bit = ?", (n, bit))
-        counted[bit] = int(n)
+    for row in progress.load(connection):
+        if key.owed >> row.bit & 1:
+            (n,) = connection.execute(
+                "SELECT coalesce(sum(n), 0) FROM frames WHERE flags & ? AND seq BETWEEN ? AND ?",
+                (UNRESOLVED, lo, row.accepted_seq),
+            ).fetchone()
+            progress.store(connection, [row._replace(accepted=row.accepted + n).sealed()])
+            counted[row.bit] = int(n)
     return resolution, counted
 
 

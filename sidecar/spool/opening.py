@@ -2,7 +2,7 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -11,14 +11,14 @@ from sidecar.clock import Clock
 from sidecar.errors import SpoolFailed, SpoolLocked
 from sidecar.settings import Dedup
 from sidecar.settings import Spool as SpoolSettings
-from sidecar.spool import disk, divergence, recovery, schema
+from sidecar.spool import disk, divergence, progress, recovery, schema
 from sidecar.spool.framing import HEADER_COLUMNS, UNRESOLVED, Header
-from sidecar.spool.intervals import Intervals
 from sidecar.spool.ledger import Account, Ledger, Resolution
 from sidecar.spool.types import RecoveryReport, Seen
 from sidecar.spool.window import SeenRows
 
-Connect = Callable[[str], sqlite3.Connection]
+Connect = recovery.Connect
+_CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 
@@ -53,12 +53,25 @@ class _Scan:
     oldest_us: dict[str, int | None] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the spool was asked to be."""
+
+    directory: Path
+    settings: SpoolSettings
+    dedup: Dedup
+    stores: Sequence[str]
+    clock: Clock
+    connector: Connect
+
+
 def open_directory(
     directory: Path,
     settings: SpoolSettings,
     dedup: Dedup,
     stores: Sequence[str],
     clock: Clock,
+    *,
     connector: Connect = connect,
 ) -> Opened:
     """Open, repairing what can be repaired.
@@ -74,7 +87,8 @@ def open_directory(
         lock = disk.Lock(directory)
         undo.callback(lock.release)
         try:
-            opened = _open_locked(directory, settings, dedup, stores, clock, connector, lock, undo)
+            plan = _Plan(directory, settings, dedup, stores, clock, connector)
+            opened = _open_locked(plan, lock, undo)
         except sqlite3.Error as exc:
             if schema.code(exc) in _LOCKED:
                 raise SpoolLocked(f"spool.directory: {directory} is in use by another process; stop it") from exc
@@ -85,67 +99,128 @@ def open_directory(
     return opened
 
 
-def _open_locked(
-    directory: Path,
-    settings: SpoolSettings,
-    dedup: Dedup,
-    stores: Sequence[str],
-    clock: Clock,
-    connector: Connect,
-    lock: disk.Lock,
-    undo: contextlib.ExitStack,
-) -> Opened:
+def _open_locked(plan: _Plan, lock: disk.Lock, undo: contextlib.ExitStack) -> Opened:
+    directory, settings, clock = plan.directory, plan.settings, plan.clock
     last = disk.Position.read(directory)
     quarantine = recovery.Quarantine(directory, clock)
     found = recovery.before_open(directory, last, quarantine)
     position = disk.Position(directory)
     undo.callback(position.close)
     if not found.unclean:
+        position.name(last.names if last else ())
         position.write(disk.OPENING, last.seq if last else 0, dict(enumerate(last.accepted if last else ())))
         position.sync()
-    ballast = disk.Ballast(directory, settings.ballast_bytes)
-    disk.create_private(directory / disk.DATABASE)
-    connection = connector(str(directory / disk.DATABASE))
-    undo.callback(connection.close)
-    schema.configure(connection, settings)
-    schema.create_or_check(connection)
-    connection.execute("BEGIN IMMEDIATE")
-    schema.register(connection, tuple(stores))
-    ledger = _ledger(connection, last)
-    scan = _scan(connection, ledger)
-    for lo, hi in scan.settled:
-        connection.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (lo, hi))
-    door = Account(schema.DOOR, 0)
-    _leftovers(connection, ledger, door, clock)
-    _balance(connection, ledger, last, found)
-    connection.execute("COMMIT")
-    seen = SeenRows(dedup, clock)
+    connection, ledger, door, scan = _open_database(plan, last, found, quarantine, undo)
+    seen = SeenRows(plan.dedup, clock)
     window = seen.load(connection)
     meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+    ballast = disk.Ballast(directory, settings.ballast_bytes)
     ballast.make()
     disk.sync_directory(directory)
-    position.write(disk.RUNNING, ledger.last_seq, {a.bit: a.owed for a in ledger.accounts.values()})
+    accounts = ledger.accounts.values()
+    position.name([a.name for a in accounts])
+    position.write(disk.RUNNING, ledger.last_seq, {a.bit: a.owed for a in accounts})
     position.sync()
     return Opened(lock, position, ballast, connection, ledger, door, scan.oldest_us, seen, window, meta, found.report())
 
 
-def _ledger(connection: sqlite3.Connection, last: disk.Mark | None) -> Ledger:
-    accounts = []
-    highest = last.seq if last else 0
-    for bit, name, upto, ahead, *numbers in connection.execute("SELECT * FROM progress ORDER BY bit").fetchall():
-        accepted, accepted_seq, delivered, released, discarded, quarantined, strengthened = numbers
-        account = Account(name, 1 << bit, Intervals((0, upto), *Intervals.unpack(ahead)), strengthened)
-        account.owed, account.delivered, account.released = accepted, delivered, released
-        account.discarded, account.quarantined = discarded, quarantined
-        account.accepted_seq = accepted_seq
-        accounts.append(account)
-        highest = max(highest, accepted_seq, account.marks.highest)
+def _open_database(
+    plan: _Plan,
+    last: disk.Mark | None,
+    found: recovery.Findings,
+    quarantine: recovery.Quarantine,
+    undo: contextlib.ExitStack,
+) -> tuple[sqlite3.Connection, Ledger, Account, _Scan]:
+    """Open the file; where it is damaged, rebuild it from what can be read and open that."""
+    path = plan.directory / disk.DATABASE
+    for attempt in (1, 2):
+        if attempt == 2 or (found.repair and path.exists()):  # noqa: PLR2004  (a rebuilt file is opened once)
+            recovery.rebuild(plan.directory, found, plan.connector, plan.settings)
+            recovery.exchange(plan.directory, quarantine)
+            found.messages.append(f"spool: the damaged files are kept in {quarantine.path.name}")
+            found.repair = False
+        disk.create_private(path)
+        connection = plan.connector(str(path))
+        try:
+            ledger, door, scan = _load(connection, plan, last, found, quarantine)
+        except sqlite3.Error as exc:
+            connection.close()
+            if schema.code(exc) not in _CORRUPT or attempt == 2:  # noqa: PLR2004
+                raise
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            undo.callback(connection.close)
+            return connection, ledger, door, scan
+    raise AssertionError("two attempts end in a return or an error")
+
+
+def _load(
+    connection: sqlite3.Connection,
+    plan: _Plan,
+    last: disk.Mark | None,
+    found: recovery.Findings,
+    quarantine: recovery.Quarantine,
+) -> tuple[Ledger, Account, _Scan]:
+    """Count everything, in one transaction that also sweeps and balances."""
+    schema.configure(connection, plan.settings)
+    schema.create_or_check(connection)
+    connection.execute("BEGIN IMMEDIATE")
+    recovery.compare(connection, last, found, quarantine)
+    ledger = _ledger(connection, plan.stores, last, found)
+    scan = _scan(connection, ledger)
+    recovery.set_aside_frames(connection, ledger, scan.unsound, found, quarantine)
+    for lo, hi in scan.settled:
+        connection.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (lo, hi))
+    door = Account(schema.DOOR, 0)
+    _leftovers(connection, ledger, door, plan.clock)
+    _balance(connection, ledger, last, found)
+    connection.execute("COMMIT")
+    return ledger, door, scan
+
+
+def _ledger(
+    connection: sqlite3.Connection, stores: Sequence[str], last: disk.Mark | None, found: recovery.Findings
+) -> Ledger:
+    rows = {row.bit: row for row in progress.load(connection)}
+    for bit, name in enumerate(last.names if last else ()):  # a row that got lost keeps its bit
+        if bit not in rows:
+            rows[bit] = progress.fresh(bit, name)
+    known = {row.name for row in rows.values()}
+    for name in stores:
+        if name not in known:
+            bit = max(rows, default=-1) + 1
+            rows[bit] = progress.fresh(bit, name)
+    for bit, row in list(rows.items()):
+        if not row.sound:
+            name = last.names[bit] if last and bit < len(last.names) else row.name
+            rows[bit] = progress.fresh(bit, name)
+            found.lower_bound = True
+            found.messages.append(
+                f"spool: the account of {name} is damaged; whatever is in the file is handed to it again"
+            )
+    progress.store(connection, list(rows.values()))
+    accounts = [
+        Account(
+            row.name,
+            1 << bit,
+            row.marks,
+            row.strengthened,
+            row.accepted_seq,
+            owed=row.accepted,
+            delivered=row.delivered,
+            released=row.released,
+            discarded=row.discarded,
+            quarantined=row.quarantined,
+        )
+        for bit, row in sorted(rows.items())
+    ]
     resolutions = [
         Resolution(*r)
         for r in connection.execute("SELECT lo, hi, phase, owed, required FROM resolutions ORDER BY lo").fetchall()
     ]
-    (newest,) = connection.execute("SELECT coalesce(max(seq), 0) FROM frames").fetchone()
-    ledger = Ledger(accounts, resolutions, max(highest, newest))
+    ledger = Ledger(accounts, resolutions, max(recovery.recovered_seq(connection), last.seq if last else 0))
     names = {a.name: a.mask for a in accounts}
     for present, missing, records in connection.execute("SELECT * FROM differences").fetchall():
         ledger.corrections[names[present], names[missing]] += records
@@ -212,6 +287,7 @@ def _missing(connection: sqlite3.Connection) -> Iterator[tuple[int, int, int]]:
 def _balance(connection: sqlite3.Connection, ledger: Ledger, last: disk.Mark | None, found: recovery.Findings) -> None:
     """Compare the durable counters with what is there; what cannot be accounted for becomes ``quarantined`` (P4)."""
     worst = 0
+    rows = {row.bit: row for row in progress.load(connection)}
     for account in ledger.accounts.values():
         expected = last.accepted[account.bit] if last and account.bit < len(last.accepted) else 0
         gone = max(0, expected - account.owed)  # acknowledged, and not even counted: the log was cut short
@@ -224,12 +300,12 @@ def _balance(connection: sqlite3.Connection, ledger: Ledger, last: disk.Mark | N
             lost = 0
         account.quarantined += lost
         worst = max(worst, lost)
-        connection.execute(
-            "UPDATE progress SET accepted = ?, accepted_seq = ?, quarantined = ? WHERE bit = ?",
-            (account.owed, ledger.last_seq, account.quarantined, account.bit),
+        rows[account.bit] = rows[account.bit]._replace(
+            accepted=account.owed, accepted_seq=ledger.last_seq, quarantined=account.quarantined
         )
         account.written = (account.owed, account.delivered, account.released, account.quarantined)
         account.dirty = False
+    progress.store(connection, [row.sealed() for row in rows.values()])
     if worst:
         found.quarantined += worst
         found.messages.append(

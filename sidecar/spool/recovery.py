@@ -5,14 +5,21 @@ without a word. ``position`` tells how far acknowledgements went at least, so th
 gone, is noticed too.
 """
 
-import shutil
+import contextlib
+import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sidecar.clock import Clock
-from sidecar.spool import disk
+from sidecar.record import encode
+from sidecar.settings import Spool as SpoolSettings
+from sidecar.spool import disk, framing, progress, salvage, schema, wal
+from sidecar.spool.ledger import Ledger
 from sidecar.spool.types import RecoveryReport
+
+Connect = Callable[[str], sqlite3.Connection]
 
 
 @dataclass(slots=True)
@@ -26,6 +33,8 @@ class Findings:
     lower_bound: bool = False
     messages: list[str] = field(default_factory=list)
     repair: bool = False  # salvage the file, whatever SQLite says of it
+    log: wal.Walk | None = None
+    behind: salvage.Haul | None = None  # what stands behind a failure of the log
 
     def report(self) -> RecoveryReport:
         """The frozen form."""
@@ -56,37 +65,180 @@ class Quarantine:
             disk.sync_directory(self._parent)
         return path
 
-    def copy(self, name: str) -> None:
-        """Keep a copy of a file."""
-        shutil.copyfile(self._parent / name, self.path / name)
-        (self.path / name).chmod(0o600)
+    def keep(self, name: str, data: bytes) -> None:
+        """Keep bytes under a name."""
+        disk.create_private(self.path / name)
+        (self.path / name).write_bytes(data)
         disk.sync_file(self.path / name)
         disk.sync_directory(self.path)
 
     def move(self, name: str) -> None:
-        """Put a file aside."""
-        (self._parent / name).rename(self.path / name)
-        disk.sync_directory(self.path)
-        disk.sync_directory(self._parent)
-
-    def write(self, name: str, data: bytes) -> None:
-        """Keep bytes under a name."""
-        path = self.path / name
-        disk.create_private(path)
-        path.write_bytes(data)
-        disk.sync_file(path)
-        disk.sync_directory(self.path)
+        """Put a file aside, if it is there."""
+        if (self._parent / name).exists():
+            (self._parent / name).rename(self.path / name)
+            disk.sync_directory(self.path)
+            disk.sync_directory(self._parent)
 
 
 def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine) -> Findings:
-    """Look at the files before SQLite does."""
+    """Look at the files before SQLite does; what SQLite would drop is taken into memory, the log is copied aside."""
     found = Findings()
     database, log = directory / disk.DATABASE, directory / disk.WAL
-    if not database.exists() or database.stat().st_size == 0:
-        if last is None and not log.exists():
-            return found  # a new spool
+    there = database.exists() and database.stat().st_size > 0
+    if last is None and not there and not log.exists():
+        return found  # a new spool
     found.unclean = last is None or last.state != disk.CLEAN
+    if exchange(directory, quarantine):
+        found.messages.append("spool: a repair that was cut off is finished; see the quarantine directories")
+        return found
     if (directory / disk.REPAIR).exists():
         found.repair = True
         quarantine.move(disk.REPAIR)
+    if log.exists():
+        found.log = wal.walk(log.read_bytes())
+        _judge(found, found.log, database, there=there)
+    elif there and (last is None or last.state == disk.RUNNING):
+        found.wal_damage = 1
+        found.repair = True  # pages may have been copied in part
+        found.lower_bound = True
+        found.messages.append(
+            f"spool: {disk.WAL} is missing after an unclean stop; commits since the last checkpoint are gone"
+        )
+    if not there and last is not None and last.seq:
+        found.lower_bound = True
+        found.messages.append(f"spool: {disk.DATABASE} is missing or empty, though records were accepted before")
     return found
+
+
+def _judge(found: Findings, log: wal.Walk, database: Path, *, there: bool) -> None:
+    if log.transactions_lost and there:
+        found.behind = salvage.from_log(log, database)
+    if log.damaged:
+        found.wal_damage = max(1, log.bad_frames)
+        found.messages.append(
+            f"spool: {disk.WAL} is damaged: {log.transactions_lost} commits stand behind the first bad frame"
+        )
+
+
+def compare(connection: sqlite3.Connection, last: disk.Mark | None, found: Findings, quarantine: Quarantine) -> None:
+    """Compare what SQLite recovered with what was acknowledged, and take over what stands behind a failure.
+
+    A torn last transaction counts as damage only where an acknowledgement is missing: kills leave them too. In the
+    current transaction.
+    """
+    reached = recovered_seq(connection)
+    short = last is not None and last.state == disk.RUNNING and last.seq > reached
+    if short and not found.wal_damage:
+        found.wal_damage = 1
+        found.messages.append(f"spool: the file ends at commit {reached}; later ones were acknowledged")
+    if not found.wal_damage:
+        return
+    found.lower_bound = True
+    if found.log is not None:
+        quarantine.keep(disk.WAL, found.log.data)
+        found.messages.append(f"spool: {disk.WAL} as it was found is kept in {quarantine.path.name}")
+    if found.behind is not None:
+        _take_over(connection, found.behind, reached, found)
+
+
+def recovered_seq(connection: sqlite3.Connection) -> int:
+    """The highest number that the file knows of."""
+    (newest,) = connection.execute("SELECT coalesce(max(seq), 0) FROM frames").fetchone()
+    written = connection.execute("SELECT value FROM meta WHERE key = 'written'").fetchone()
+    numbers = [int(newest), int(written[0]) if written and str(written[0]).isdigit() else 0]
+    for row in progress.load(connection):
+        if row.sound:
+            numbers += [row.accepted_seq, row.marks.highest]
+    return max(numbers)
+
+
+def _take_over(connection: sqlite3.Connection, haul: salvage.Haul, reached: int, found: Findings) -> None:
+    """Progress from behind the failure is newer than SQLite's; a frame from there is new, or was there before."""
+    frames = [frame for seq, frame in haul.frames.items() if seq > reached]
+    for row in progress.load(connection):
+        later = haul.progress.get(row.bit)
+        if later is not None and later.name == row.name and later.accepted_seq >= row.accepted_seq:
+            progress.store(connection, [later])
+    salvage.put_frames(connection, frames)
+    (last_key,) = connection.execute("SELECT coalesce(max(key), 0) FROM leftovers").fetchone()
+    leftovers = [row for key, row in haul.leftovers.items() if key > last_key]
+    salvage.put_leftovers(connection, leftovers)
+    found.salvaged += sum(frame.header.n for frame in frames) + len(leftovers)
+    if found.salvaged:
+        found.messages.append(f"spool: {found.salvaged} records were salvaged from the damaged log")
+
+
+def rebuild(directory: Path, found: Findings, connector: Connect, settings: SpoolSettings) -> None:
+    """Salvage a database that cannot be trusted into a new file, to be put in its place by :func:`exchange`.
+
+    The old one is only read; a crash on the way starts over.
+    """
+    haul = salvage.from_database(directory / disk.DATABASE, found.log)
+    found.behind = None  # the log's pages were read along
+    found.unclean = True
+    records = sum(frame.header.n for frame in haul.frames.values())
+    found.salvaged += records
+    found.lower_bound = True
+    found.messages.append(
+        f"spool: {disk.DATABASE} is damaged; {records} records in {len(haul.frames)} frames were salvaged"
+        " into a new file"
+    )
+    making = directory / f"{disk.DATABASE}.making"
+    for leftover in (making, making.with_name(making.name + "-wal")):  # of an attempt that was cut off
+        leftover.unlink(missing_ok=True)
+    disk.create_private(making)
+    with contextlib.closing(connector(str(making))) as connection:
+        schema.configure(connection, settings)
+        connection.execute("PRAGMA max_page_count = 1073741823").fetchall()
+        schema.create_or_check(connection)
+        connection.execute("BEGIN IMMEDIATE")
+        salvage.put(connection, haul)
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    disk.sync_file(making)
+    making.rename(directory / disk.REBUILT)
+    disk.sync_directory(directory)
+
+
+def exchange(directory: Path, quarantine: Quarantine) -> bool:
+    """Put a finished new file in the place of the damaged one, which is kept; True where there was one."""
+    if not (directory / disk.REBUILT).exists():
+        return False
+    quarantine.move(disk.DATABASE)
+    quarantine.move(disk.WAL)
+    (directory / disk.REBUILT).rename(directory / disk.DATABASE)
+    disk.sync_directory(directory)
+    return True
+
+
+def set_aside_frames(
+    connection: sqlite3.Connection, ledger: Ledger, seqs: list[int], found: Findings, quarantine: Quarantine
+) -> None:
+    """Frames whose header is damaged: the row goes to a file, its sound records into a new frame.
+
+    The obligation is taken from the row where it makes sense; a wrong one shows in the balance that follows.
+    """
+    every = sum(ledger.by_mask)
+    for seq in seqs:
+        row = connection.execute("SELECT * FROM frames WHERE seq = ?", (seq,)).fetchone()
+        quarantine.keep(f"frame-{seq}.bin", b"".join(v if isinstance(v, bytes) else f"{v}\n".encode() for v in row))
+        connection.execute("DELETE FROM frames WHERE seq = ?", (seq,))
+        _, phase, owed, required, *_, body = row
+        if not (isinstance(owed, int) and 0 < owed <= every and isinstance(required, int) and not required & ~owed):
+            owed = required = every
+        records = framing.scan(body) if isinstance(body, bytes) else []
+        for chunk in framing.pack(records, [encode(r) for r in records]) if records else []:
+            ledger.last_seq += 1
+            kept_phase = phase if phase in range(4) else 0
+            at_us = row[7] if isinstance(row[7], int) else 0
+            small = (ledger.last_seq, kept_phase, owed, required, 0, len(chunk.sizes), len(chunk.body), at_us)
+            header = framing.seal((*small, chunk.t0, chunk.t1), chunk.ids + chunk.lengths)
+            salvage.put_frames(connection, [salvage.SavedFrame(header, chunk.body)])
+            ledger.found(header, 0)
+            found.salvaged += header.n
+    if seqs:
+        found.lower_bound = True
+        found.messages.append(
+            f"spool: {len(seqs)} frames have a damaged header; they are kept in {quarantine.path.name},"
+            " their sound records are delivered"
+        )

@@ -4,7 +4,8 @@ FORMAT (SQLite, one row per frame; ``framing`` has the bytes inside a row)::
 
     frames(seq, phase, owed, required, flags, n, bytes, accepted_us, t0, t1, crc, ids, body)
         the records of one commit with one obligation; small columns first, so that scans skip the body's pages
-    progress(bit, name, upto, ahead, accepted, accepted_seq, delivered, released, discarded, quarantined, strengthened)
+    progress(bit, name, upto, ahead, accepted, accepted_seq, delivered, released, discarded, quarantined,
+             strengthened, crc)
         one row per store; ``bit`` is its place in the masks ``owed`` and ``required``
     resolutions(lo, hi, phase, owed, required)
         what frames with the flag "unresolved" in lo..hi are owed, decided once
@@ -22,11 +23,11 @@ INVARIANTS
 2. A frame is settled for a store when seq <= upto or seq is in ``ahead`` (intervals). What the store did not take is
    copied to ``leftovers`` in the transaction that settles the frame; a frame is deleted in a transaction whose marks
    say that it is settled for every owed store, never before.
-3. seq only grows: next = 1 + max(frames, upto, ahead, accepted_seq, position). (SQLite restarts rowids at 1 on an
-   empty table; new frames would look settled.)
-4. accepted = delivered + pending + dead + released + discarded + quarantined per store. ``accepted`` counts frames up to
-   ``accepted_seq``; later frames are counted when the file is opened. Counters change by differences, in the
-   transaction of the change.
+3. seq only grows: next = 1 + max(frames, upto, ahead, accepted_seq, meta "written", position). (SQLite restarts
+   rowids at 1 on an empty table; new frames would look settled.)
+4. accepted = delivered + pending + dead + released + discarded + quarantined per store. ``accepted`` counts frames
+   up to ``accepted_seq``; later frames are counted when the file is opened. Counters change by differences, in the
+   transaction of the change. A row of ``progress`` whose checksum fails is not believed.
 5. Obligations are never weakened: ``strengthened`` is the last seq whose best-effort obligations became required.
 6. One process (flock on ``lock`` and SQLite's exclusive lock), one connection, one thread.
 
@@ -42,8 +43,8 @@ FAILURE AT EACH STAGE
 * Unclean stop: ``position`` says so. The write-ahead log is walked before SQLite opens it (``wal``); SQLite drops
   everything after a damaged frame without a word. Damaged files are kept in ``quarantine-<time>/``, never deleted.
 
-Files beside ``spool.db``: ``spool.db-wal``, ``lock``, ``position`` (state and last acknowledged commit, 104 bytes, written
-after each commit without fsync: it survives a kill and betrays a log that was cut short), ``ballast``, ``repair``.
+Files beside ``spool.db``: ``spool.db-wal``, ``lock``, ``position`` (state and last acknowledged commit, written after
+each commit without fsync: it survives a kill and betrays a log that was cut short), ``ballast``, ``repair``.
 Deleted payloads stay in free pages until they are overwritten (secure_delete is off): protect the volume.
 """
 
@@ -72,7 +73,7 @@ CREATE TABLE frames(
 CREATE TABLE progress(
     bit INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, upto INTEGER, ahead BLOB, accepted INTEGER,
     accepted_seq INTEGER, delivered INTEGER, released INTEGER, discarded INTEGER, quarantined INTEGER,
-    strengthened INTEGER);
+    strengthened INTEGER, crc INTEGER);
 CREATE TABLE resolutions(lo INTEGER PRIMARY KEY, hi INTEGER, phase INTEGER, owed INTEGER, required INTEGER);
 CREATE TABLE leftovers(
     key INTEGER PRIMARY KEY AUTOINCREMENT, store TEXT, state INTEGER, seq INTEGER, idx INTEGER, log_id BLOB,
@@ -152,19 +153,6 @@ def create_or_check(connection: sqlite3.Connection) -> None:
             f"spool.directory: spool.db has schema version {version}, this sidecar knows {VERSION};"
             " start the sidecar that wrote it, or drain it first"
         )
-
-
-def register(connection: sqlite3.Connection, names: tuple[str, ...]) -> None:
-    """Give every name a row in ``progress``; a name keeps its bit for ever."""
-    known = {name for (name,) in connection.execute("SELECT name FROM progress")}
-    (bit,) = connection.execute("SELECT coalesce(max(bit), -1) FROM progress").fetchone()
-    for name in names:
-        if name not in known:
-            bit += 1
-            connection.execute(
-                "INSERT INTO progress VALUES(?, ?, 0, x'', 0, 0, 0, 0, 0, 0, 0)",
-                (bit, name),
-            )
 
 
 def code(exc: sqlite3.Error) -> int:

@@ -102,6 +102,7 @@ class Spool:
         dedup: Dedup,
         stores: Sequence[str],
         clock: Clock,
+        *,
         connect: opening.Connect = opening.connect,
     ) -> Self:
         """Open a spool, recovering what an unclean stop left. Blocks; call it before requests come in.
@@ -113,7 +114,7 @@ class Spool:
             SpoolRefused: volatile file system, newer schema, somebody else's file, no permission.
             SpoolFailed: the disk answers with errors.
         """
-        opened = opening.open_directory(directory, settings, dedup, stores, clock, connect)
+        opened = opening.open_directory(directory, settings, dedup, stores, clock, connector=connect)
         return cls(opened, directory, settings, clock)
 
     # --- writing ---------------------------------------------------------------------------------------------------
@@ -267,7 +268,8 @@ class Spool:
         self._flushed_at = loop.time()
         future: asyncio.Future[marks.Written] = loop.create_future()
         future.add_done_callback(_observed)
-        self._submit(Write(partial(marks.write, snapshot=self.ledger.snapshot()), future, self._flushed), loop)
+        run = partial(marks.write, snapshot=self.ledger.snapshot())
+        self._submit(Write(run, future, self._flushed, marks=True), loop)
 
     def _flushed(self, written: marks.Written) -> None:
         self._flushing = False

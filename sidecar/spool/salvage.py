@@ -1,0 +1,190 @@
+"""Taking rows out of files that SQLite cannot be trusted with.
+
+Two uses: the pages behind a failure in the write-ahead log (what SQLite would silently drop), and a whole database
+that it refuses. Rows are read straight from pages (``pages``). Frames and progress carry checksums of their own, so
+they are taken from wherever they are found; the small tables have none and are taken only where their tree is whole.
+A frame may come back that was delivered and deleted: delivering twice has no second effect, losing has.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NamedTuple
+from zlib import crc32
+
+from sidecar.spool import pages, progress
+from sidecar.spool.framing import Header
+from sidecar.spool.progress import Progress
+from sidecar.spool.schema import DEAD, DEFERRED
+from sidecar.spool.wal import Walk
+
+_SMALL: Final = ("resolutions", "differences", "seen", "meta", "audit")
+_WIDTHS: Final = {"frames": 13, "progress": 12, "leftovers": 20}
+_KEYED: Final = frozenset({"frames", "progress", "leftovers", "resolutions", "seen", "audit"})  # rowid = first column
+_LEFTOVER_INTEGERS: Final = (2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 17, 18)
+
+
+class SavedFrame(NamedTuple):
+    """A frame whose header is sound."""
+
+    header: Header
+    body: bytes
+
+
+@dataclass(slots=True)
+class Haul:
+    """What was found."""
+
+    frames: dict[int, SavedFrame] = field(default_factory=dict)
+    progress: dict[int, Progress] = field(default_factory=dict)  # the furthest of each store
+    leftovers: dict[int, tuple[pages.Value, ...]] = field(default_factory=dict)
+    small: dict[str, list[tuple[pages.Value, ...]]] = field(default_factory=dict)
+    unsound: int = 0  # rows of frames whose header checksum fails
+
+    def take(self, rowid: int, columns: Sequence[pages.Value]) -> None:
+        """Take a row of one of the three tables that can be told by their shape."""
+        values = (rowid, *columns[1:])
+        if len(values) == _WIDTHS["frames"]:
+            self._frame(values)
+        elif len(values) == _WIDTHS["progress"]:
+            self._progress(values)
+        elif len(values) == _WIDTHS["leftovers"]:
+            self._leftover(values)
+
+    def _frame(self, values: tuple[pages.Value, ...]) -> None:
+        *small, body = values
+        if not all(isinstance(v, int) for v in small[:-1]) or not isinstance(small[-1], bytes):
+            return
+        header = Header(*small)  # type: ignore[arg-type]  # eleven ints and bytes, as checked above
+        if header.sound and isinstance(body, bytes):
+            self.frames.setdefault(header.seq, SavedFrame(header, body.ljust(header.size, b"\0")))
+        else:
+            self.unsound += 1
+
+    def _progress(self, values: tuple[pages.Value, ...]) -> None:
+        row = Progress(*values)  # type: ignore[arg-type]  # its checksum covers the types too
+        if row.sound:
+            known = self.progress.get(row.bit)
+            if known is None or (row.accepted_seq, row.upto) > (known.accepted_seq, known.upto):
+                self.progress[row.bit] = row
+
+    def _leftover(self, values: tuple[pages.Value, ...]) -> None:
+        key, body, crc = values[0], values[19], values[18]
+        if not isinstance(key, int) or not all(isinstance(values[i], int) for i in _LEFTOVER_INTEGERS):
+            return
+        if values[2] in (DEFERRED, DEAD) and (not isinstance(body, bytes) or crc32(body) != crc):
+            return
+        self.leftovers.setdefault(key, values)
+
+
+def from_log(log: Walk, database: Path) -> Haul:
+    """The rows in the part of a log that SQLite will drop: from the newest good image of each page.
+
+    Where the newest image of a page is damaged an older one stands in.
+    """
+    newest: dict[int, bytes] = {}
+    for frame in log.frames:
+        if frame.good:
+            newest[frame.page] = log.image(frame)
+    fd = os.open(database, os.O_RDONLY)
+    try:
+
+        def fetch(number: int) -> bytes | None:
+            image = newest.get(number)
+            return image if image is not None else _read(fd, number)
+
+        haul = Haul()
+        touched = {f.page for f in log.frames[log.kept :]}
+        for number in sorted(touched & newest.keys()):
+            _harvest(newest[number], number, fetch, haul)
+    finally:
+        os.close(fd)
+    return haul
+
+
+def from_database(database: Path, log: Walk | None) -> Haul:
+    """All rows that can be told from the pages of a database and the log that belongs to it."""
+    overlay: dict[int, bytes] = {}
+    for frame in log.frames if log is not None else ():
+        if frame.good and log is not None:
+            overlay[frame.page] = log.image(frame)
+    fd = os.open(database, os.O_RDONLY)
+    try:
+        last = max(os.fstat(fd).st_size // pages.PAGE, *overlay, 0)
+
+        def fetch(number: int) -> bytes | None:
+            image = overlay.get(number)
+            return image if image is not None else _read(fd, number)
+
+        haul = Haul()
+        for number in range(1, last + 1):
+            page = fetch(number)
+            if page is not None and pages.is_leaf(page, number):
+                _harvest(page, number, fetch, haul)
+        _small_tables(fetch, haul)
+    finally:
+        os.close(fd)
+    return haul
+
+
+def _harvest(page: bytes, number: int, fetch: pages.Fetch, haul: Haul) -> None:
+    if pages.is_leaf(page, number):
+        for rowid, columns in pages.rows(page, number, fetch):
+            haul.take(rowid, columns)
+
+
+def _read(fd: int, number: int) -> bytes | None:
+    if not 0 < number < 1 << 31:
+        return None
+    page = os.pread(fd, pages.PAGE, (number - 1) * pages.PAGE)
+    return page if len(page) == pages.PAGE else None
+
+
+def _small_tables(fetch: pages.Fetch, haul: Haul) -> None:
+    """Tables without checksums: only by way of the schema, from trees that are whole."""
+    for name, root in _roots(fetch):
+        if name not in _SMALL:
+            continue
+        numbers, whole = pages.leaves(root, fetch)
+        if whole:
+            haul.small[name] = [
+                (rowid, *columns[1:]) if name in _KEYED else tuple(columns)
+                for number in numbers
+                for rowid, columns in pages.rows(fetch(number) or b"", number, fetch)
+            ]
+
+
+def _roots(fetch: pages.Fetch) -> Iterator[tuple[str, int]]:
+    numbers, _ = pages.leaves(1, fetch)
+    for number in numbers:
+        page = fetch(number)
+        if page is None:
+            continue
+        for _, columns in pages.rows(page, number, fetch):
+            match columns:
+                case ["table", str(name), _, int(root), _]:
+                    yield name, root
+
+
+def put(connection: sqlite3.Connection, haul: Haul) -> None:
+    """Write a haul into a new, empty spool, in one transaction."""
+    progress.store(connection, list(haul.progress.values()))
+    put_frames(connection, haul.frames.values())
+    put_leftovers(connection, haul.leftovers.values())
+    for name, rows in haul.small.items():
+        for row in rows:
+            connection.execute(f"INSERT OR IGNORE INTO {name} VALUES({', '.join('?' * len(row))})", row)
+
+
+def put_frames(connection: sqlite3.Connection, frames: Iterable[SavedFrame]) -> None:
+    """Insert frames under their own numbers; those that are there stay."""
+    connection.executemany(
+        f"INSERT OR IGNORE INTO frames VALUES({', '.join('?' * 13)})", ((*f.header, f.body) for f in frames)
+    )
+
+
+def put_leftovers(connection: sqlite3.Connection, rows: Iterable[tuple[pages.Value, ...]]) -> None:
+    """Insert leftovers under their own keys; those that are there stay."""
+    connection.executemany(f"INSERT OR IGNORE INTO leftovers VALUES({', '.join('?' * 20)})", rows)
