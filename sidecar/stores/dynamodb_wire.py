@@ -18,15 +18,18 @@ import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 from urllib.request import getproxies_environment, proxy_bypass
 from zlib import crc32
 
 import aioboto3
+import aiobotocore.session
 import aiohttp
 from botocore.config import Config
 from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import NoCredentialsError
+from botocore.loaders import Loader, create_loader
 from yarl import URL
 
 from sidecar import settings
@@ -99,7 +102,7 @@ class Wire:
     def __init__(self, options: settings.DynamoDB, *, clock: Clock) -> None:
         self._options = options
         self._clock = clock
-        self._session = aioboto3.Session()
+        self._session = _new_session()
         self._http: aiohttp.ClientSession | None = None
         self._url: URL | None = None
         self._region = ""
@@ -179,7 +182,7 @@ class Wire:
         now = self._clock.monotonic()
         if now >= self._renew_after:
             self._renew_after = now + CREDENTIALS_SECONDS
-            self._session = aioboto3.Session()
+            self._session = _new_session()
             self._signer_until = now
         await self._sign_anew()
         return self._credentials != expired
@@ -233,3 +236,15 @@ def _proxy(url: URL) -> str | None:
     """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY name, looked up once: aiohttp would do it at every call."""
     host = url.host_port_subcomponent or ""
     return None if proxy_bypass(host) else getproxies_environment().get(url.scheme)
+
+
+def _new_session() -> aioboto3.Session:
+    """A session that resolves credentials anew but reads the service's description from memory (0.14 s otherwise)."""
+    core = aiobotocore.session.get_session()
+    core.register_component("data_loader", _loader(core.get_config_variable("data_path")))
+    return aioboto3.Session(botocore_session=core)
+
+
+@lru_cache(maxsize=1)
+def _loader(data_path: str | None) -> Loader:
+    return create_loader(data_path)

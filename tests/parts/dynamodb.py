@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from sidecar import settings
@@ -17,6 +18,7 @@ from sidecar.clock import SystemClock
 from sidecar.embedded.dynamodb import REGION, EmbeddedDynamoDB
 from sidecar.record import LogRecord
 from sidecar.stores.dynamodb import DynamoDBStore
+from tests.parts.fault_proxy import FaultProxy
 
 ENDPOINT = "DYNAMODB_TEST_ENDPOINT"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
@@ -97,6 +99,29 @@ async def dynamodb_store(dynamodb_settings: settings.DynamoDB) -> AsyncIterator[
     finally:
         if ENDPOINT in os.environ:
             await _delete(store, dynamodb_settings)
+        await store.close()
+
+
+@pytest.fixture
+async def dynamodb_proxy(dynamodb_store: DynamoDBStore, dynamodb_server: str) -> AsyncIterator[FaultProxy]:
+    """A fault proxy before the server; the tables of ``dynamodb_store`` are there."""
+    async with FaultProxy(dynamodb_server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def dynamodb_behind_proxy(
+    dynamodb_proxy: FaultProxy, dynamodb_settings: settings.DynamoDB
+) -> AsyncIterator[DynamoDBStore]:
+    """The store of ``dynamodb_store`` seen through ``dynamodb_proxy``, impatient; the shard schedule has been read."""
+    options = msgspec.structs.replace(
+        dynamodb_settings, endpoint_url=dynamodb_proxy.url, read_timeout=0.7, connect_timeout=0.3
+    )
+    store = DynamoDBStore(options, clock=SystemClock())
+    try:
+        await store.ping()
+        yield store
+    finally:
         await store.close()
 
 

@@ -24,6 +24,7 @@ from zlib import crc32
 
 import aiohttp
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from tests.parts.tcp_proxy import reset
 
@@ -135,8 +136,11 @@ class FaultProxy:
         self._buckets.clear()
 
     async def __aenter__(self) -> Self:
-        application = web.Application(client_max_size=64 * 1024 * 1024)
-        application.router.add_post("/{tail:.*}", self._handle)
+        @web.middleware
+        async def everything(request: web.Request, handler: Handler) -> web.StreamResponse:
+            return await self._handle(request)  # without a route: one serves as an HTTP proxy too
+
+        application = web.Application(client_max_size=64 * 1024 * 1024, middlewares=[everything])
         self._client = aiohttp.ClientSession(auto_decompress=False)
         self._runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
