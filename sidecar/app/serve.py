@@ -204,6 +204,7 @@ class _Sidecar:
             spool=self._spool,
             standing=lambda: Standing(self._switch.policy),
             settings=lambda: self._settings,
+            dedup=self._settings.dedup,
             minter=Minter(self._clock, os.urandom),
             clock=self._clock,
             metrics=self._metrics,
