@@ -104,6 +104,11 @@ class EmbeddedPostgres:
         return process.pid if process is not None and process.poll() is None else None
 
     @property
+    def directory(self) -> Path:
+        """Where everything of this server lies."""
+        return self._directory
+
+    @property
     def log_path(self) -> Path:
         """The server's own log."""
         return self._directory / "server.log"

@@ -66,7 +66,7 @@ _SWALLOWED: Final = "neither inserted nor present: a trigger or a policy of the 
 _OTHER_CONTENT: Final = "the same log_id is stored with other content"
 
 
-class _Statements:
+class Statements:
     """The SQL of one table, written once."""
 
     def __init__(self, relation: str) -> None:
@@ -125,7 +125,7 @@ class PostgresStore:
         self._schema = checked("postgres.schema", options.schema)
         self._table = checked("postgres.table", options.table)
         relation = quoted(self._schema, self._table)
-        self._sql = _Statements(relation)
+        self._sql = Statements(relation)
         self._writers = Connections(options, relation=relation, size=options.write_connections, clock=clock)
         self._readers = Connections(options, relation=relation, size=options.read_connections, clock=clock)
         self._limits = WriteLimits(options.batch_records, options.batch_bytes, options.write_connections)

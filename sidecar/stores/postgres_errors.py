@@ -51,6 +51,7 @@ BY_SQLSTATE: Final[Mapping[str, Line]] = MappingProxyType(
         "57P05": Line(_TRANSIENT),  # idle_session_timeout
         # Binary data made for the columns of a moment ago: the table was altered under a cached description. The
         # connection is not kept, and the next one looks again.
+        "08P01": Line(_TRANSIENT, "the table's columns changed?"),
         "22P03": Line(_TRANSIENT, "the table's columns changed"),
         "22P04": Line(_TRANSIENT, "the table's columns changed"),
         # this record, as data
@@ -101,7 +102,7 @@ _TLS_REFUSED: Final = ("tls_refused", Line(_BLOCKED, "the server speaks no TLS; 
 _REST: Final = Line(RetryClass.UNKNOWN)
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$]{0,62}", re.ASCII)
 _WORD: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-_SPENT: Final = frozenset({"25", "26", "0A", "22P03", "22P04", "42P05"})
+_SPENT: Final = frozenset({"08", "25", "26", "0A", "22P03", "22P04", "42P05"})
 """Answers after which the connection is not used again: the next one may find another server or another table."""
 
 

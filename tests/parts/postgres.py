@@ -28,6 +28,8 @@ _OPTIONS: Final = {
     "full_page_writes": "off",
     "deadlock_timeout": "100ms",
 }
+TRUSTED: Final = "trusted"
+"""A role of the server that needs no password."""
 _numbers = itertools.count(1)
 
 
@@ -45,8 +47,21 @@ def postgres_server(postgres_directory: Path) -> Iterator[EmbeddedPostgres]:
     """One running server for the whole run."""
     server = EmbeddedPostgres(postgres_directory / "server", options=_OPTIONS)
     asyncio.run(server.start())
+    asyncio.run(_trust(server))
     yield server
     asyncio.run(server.stop())
+
+
+async def _trust(server: EmbeddedPostgres) -> None:
+    """A superuser that needs no password: a relay that pools connections cannot repeat a client's log-in."""
+    rules = server.directory / "pgdata" / "pg_hba.conf"
+    rules.write_text(f"host all {TRUSTED} 127.0.0.1/32 trust\n{rules.read_text()}")
+    admin = await connect(server.settings())
+    try:
+        await admin.execute(f"CREATE ROLE {TRUSTED} SUPERUSER LOGIN")
+        await admin.execute("SELECT pg_reload_conf()")
+    finally:
+        await admin.close()
 
 
 async def connect(options: settings.Postgres) -> "asyncpg.Connection":
