@@ -160,9 +160,7 @@ def settle(copies: Mapping[StoreName, FleetRecord | None]) -> Change | None:
     top = authoritative(copies)
     if top is None or top.settled or not mirrored(copies):
         return None
-    return Change(
-        AUTHORITY[top.phase], top, msgspec.structs.replace(top, settled=True, revision=top.revision + 1)
-    )
+    return Change(AUTHORITY[top.phase], top, msgspec.structs.replace(top, settled=True, revision=top.revision + 1))
 
 
 def mirrored(copies: Mapping[StoreName, FleetRecord | None]) -> bool:
@@ -171,7 +169,9 @@ def mirrored(copies: Mapping[StoreName, FleetRecord | None]) -> bool:
     return len(epochs) == 1 and all(copies.get(store) is not None for store in STORES)
 
 
-def advance(copies: Mapping[StoreName, FleetRecord | None], move: Move, *, by: str, why: str, at_us: int) -> Change | None:
+def advance(
+    copies: Mapping[StoreName, FleetRecord | None], move: Move, *, by: str, why: str, at_us: int
+) -> Change | None:
     """The write that makes ``move`` the next epoch; None while the current one is not settled or not decidable."""
     top = authoritative(copies)
     if top is None or not top.settled:

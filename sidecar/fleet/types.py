@@ -52,6 +52,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = NO_EPOCH
     phase: Phase | None = None
     fenced: bool = True
+    fence_after_s: float = 120.0  # its own: an observer waits for the one that is observed
+    interval_s: float = 10.0
     version: str = ""
     desired: Phase | None = None
     phase_epoch: int | None = None

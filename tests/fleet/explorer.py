@@ -182,11 +182,17 @@ class Explorer:
         for seen in self._visible(copies):
             for phase in self.world.born:
                 if protocol.may_create(phase, seen, tuple(seen)):
-                    write(protocol.Change(protocol.FIRST, None, FleetRecord(BASE, phase, "", "", 0, 2 * BASE)), f"create {phase.label}")
+                    write(
+                        protocol.Change(protocol.FIRST, None, FleetRecord(BASE, phase, "", "", 0, 2 * BASE)),
+                        f"create {phase.label}",
+                    )
                 elif "first" in self.without:
                     for store, record in seen.items():
                         if record is None:
-                            write(protocol.Change(store, None, FleetRecord(BASE, phase, "", "", 0, 2 * BASE)), f"create {phase.label}")
+                            write(
+                                protocol.Change(store, None, FleetRecord(BASE, phase, "", "", 0, 2 * BASE)),
+                                f"create {phase.label}",
+                            )
             if len(seen) == len(STORES) and (change := protocol.mirror(seen)) is not None:
                 write(change, "mirror")
             top = protocol.highest(seen.values())
@@ -226,9 +232,7 @@ class Explorer:
 
     # -- one instance -----------------------------------------------------------------------------------------------
 
-    def _local_steps(
-        self, me: Instance, copies: tuple[Copy | None, Copy | None]
-    ) -> list[tuple[str, Instance]]:
+    def _local_steps(self, me: Instance, copies: tuple[Copy | None, Copy | None]) -> list[tuple[str, Instance]]:
         steps: list[tuple[str, Instance]] = []
 
         def to(label: str, **changes: object) -> None:
@@ -249,7 +253,11 @@ class Explorer:
             copy = _bare(copies[index])
             if copy is None:
                 continue
-            kept = copy if "monotone" in self.without else _bare(_copy(protocol.adopt(record_of(me.record), (record_of(copy),))))
+            kept = (
+                copy
+                if "monotone" in self.without
+                else _bare(_copy(protocol.adopt(record_of(me.record), (record_of(copy),))))
+            )
             if me.stage in (TOLD, READ) or (me.stage == OUT and "announce" in self.without):
                 to(f"reads {store}", stage=READ, record=kept)
             elif me.stage == IN:
@@ -294,8 +302,9 @@ class Explorer:
             yield f"controller: {what}", State(copies, instances)
         for index, me in enumerate(state.instances):
             for what, new in self._local(me, state.copies):
-                yield f"instance {index + 1} {what}", state._replace(
-                    instances=(*state.instances[:index], new, *state.instances[index + 1 :])
+                yield (
+                    f"instance {index + 1} {what}",
+                    state._replace(instances=(*state.instances[:index], new, *state.instances[index + 1 :])),
                 )
         if not self.world.eager and not is_settled(state) and self._may_look(state.copies):
             for index, store in enumerate(STORES):
@@ -323,7 +332,9 @@ class Explorer:
             instances = tuple(i._replace(rows=(ABSENT, ABSENT)) for i in state.instances)
             if not is_settled(state) and self._may_look(state.copies):
                 instances = tuple(
-                    i._replace(seen=(True, True)) if i.stage == OUT or (i.record is not None and i.record.lag == 0) else i
+                    i._replace(seen=(True, True))
+                    if i.stage == OUT or (i.record is not None and i.record.lag == 0)
+                    else i
                     for i in instances
                 )
             state = self._settle(state._replace(instances=instances))

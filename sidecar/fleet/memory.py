@@ -1,0 +1,74 @@
+"""The fleet's tables in memory: the reference implementation, for tests and for `sidecar demo`. Lost with the process."""
+
+from collections.abc import Sequence
+
+from sidecar.clock import Clock
+from sidecar.fleet.protocol import rank
+from sidecar.fleet.types import AuditEntry, FleetRecord, GapLine, Heartbeat
+from sidecar.phase import StoreName
+
+
+class MemoryFleetStore:
+    """Implements :class:`sidecar.fleet.store.FleetStore`; every call is atomic because it never awaits."""
+
+    def __init__(self, name: StoreName, clock: Clock) -> None:
+        self._name: StoreName = name
+        self._clock = clock
+        self._record: FleetRecord | None = None
+        self._heartbeats: dict[tuple[str, str], Heartbeat] = {}
+        self._leases: dict[str, tuple[str, float]] = {}  # holder, expiry by this store's monotonic clock
+        self._audits: dict[tuple[str, str], AuditEntry] = {}
+        self._gaps: dict[object, GapLine] = {}
+
+    @property
+    def name(self) -> StoreName:
+        return self._name
+
+    async def read_record(self) -> FleetRecord | None:
+        return self._record
+
+    async def cas_record(self, expected: FleetRecord | None, new: FleetRecord) -> bool:
+        if rank(self._record) != rank(expected):
+            return False
+        self._record = new
+        return True
+
+    async def put_heartbeat(self, heartbeat: Heartbeat) -> None:
+        known = self._heartbeats.get(heartbeat.key)
+        if known is None or known.seq < heartbeat.seq:
+            self._heartbeats[heartbeat.key] = heartbeat
+
+    async def heartbeats(self) -> Sequence[Heartbeat]:
+        return list(self._heartbeats.values())
+
+    async def drop_heartbeat(self, key: tuple[str, str], seq: int) -> None:
+        known = self._heartbeats.get(key)
+        if known is not None and known.seq == seq:
+            del self._heartbeats[key]
+
+    async def acquire_lease(self, name: str, holder: str, ttl_s: float) -> bool:
+        now = self._clock.monotonic()
+        held = self._leases.get(name)
+        if held is not None and held[0] != holder and now < held[1]:
+            return False
+        self._leases[name] = (holder, now + ttl_s)
+        return True
+
+    async def release_lease(self, name: str, holder: str) -> None:
+        held = self._leases.get(name)
+        if held is not None and held[0] == holder:
+            del self._leases[name]
+
+    async def append_audit(self, entry: AuditEntry) -> None:
+        self._audits.setdefault((entry.id, entry.outcome), entry)
+
+    async def audits(self, limit: int) -> Sequence[AuditEntry]:
+        return list(self._audits.values())[::-1][:limit]
+
+    async def put_gaps(self, lines: Sequence[GapLine]) -> None:
+        for line in lines:
+            known = self._gaps.get(line.key)
+            self._gaps[line.key] = line if known is None else known.merge(line)
+
+    async def gaps(self) -> Sequence[GapLine]:
+        return [line for line in self._gaps.values() if line.open]
