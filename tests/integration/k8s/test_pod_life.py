@@ -1,0 +1,132 @@
+"""A pod's life: started before the application, stopped after it, cut short, and started again on the same volume."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.integration.k8s.kubelet import Pod, config
+from tests.parts.fault_proxy import FaultProxy, Reset
+from tests.parts.oracle import assert_holds, assert_same, read_dynamodb, read_postgres
+from tests.parts.tcp_proxy import TcpProxy
+
+
+class World:
+    """One pod between an application and two stores that can be taken away."""
+
+    def __init__(self, pod: Pod, pg: TcpProxy, ddb: FaultProxy, settings) -> None:
+        self.pod, self.pg, self.ddb = pod, pg, ddb
+        self.settings = settings
+        self.acknowledged: set[str] = set()
+
+    async def write(self, count: int) -> None:
+        """The application writes; every answer must be 202."""
+        async with aiohttp.ClientSession() as session:
+            for n in range(count):
+                async with session.post(
+                    f"{self.pod.url}/logs", json={"service_name": "s", "user_id": str(n)}
+                ) as answer:
+                    assert answer.status == 202
+                    body = await answer.json()
+                    self.acknowledged.update(_ids(body))
+
+    async def stores(self, *, up: bool) -> None:
+        """Take both stores away, or give them back."""
+        if up:
+            await self.pg.normal()
+            self.ddb.clear()
+        else:
+            await self.pg.refuse()
+            self.ddb.on("*", Reset())
+
+    async def assert_nothing_lost(self) -> None:
+        """Both stores hold every acknowledged record, once, and the same ones."""
+        pg, ddb = self.settings
+        left, right = await read_postgres(pg), await read_dynamodb(ddb, ddb.endpoint_url)
+        assert_holds(left, self.acknowledged)
+        assert_same(left, right)
+
+
+def _ids(body: dict) -> set[str]:
+    return {r["log_id"] for r in body["results"]} if "results" in body else {body["log_id"]}
+
+
+@pytest.fixture
+async def world(postgres, dynamodb_proxy, dynamodb_settings, tmp_path: Path) -> AsyncIterator[World]:
+    """A pod that is not started yet, in dual_write."""
+    async with TcpProxy(postgres.host, postgres.port) as pg:
+        pod = Pod(tmp_path / "pod")
+        pod.apply(config("dual_write", postgres, dynamodb_settings, port=pg.port, url=dynamodb_proxy.url))
+        try:
+            yield World(pod, pg, dynamodb_proxy, (postgres, dynamodb_settings))
+        finally:
+            pod.close()
+
+
+async def test_a_native_sidecar_takes_the_applications_last_lines_and_drains_after_it(world):
+    """Ready first; the application writes and ends; SIGTERM: all is in both stores when the process ends with 0."""
+    await world.pod.start()
+    await world.write(50)
+    world.pod.terminate()
+    assert await world.pod.exit_code() == 0
+    await world.assert_nothing_lost()
+
+
+async def test_a_plain_container_goes_on_accepting_while_the_application_still_stops(world):
+    """Before 1.29 both get SIGTERM together: what is written a second later is accepted and delivered."""
+    await world.pod.start()
+    await world.write(10)
+    await world.stores(up=False)
+    await world.write(10)
+    world.pod.terminate()
+    await asyncio.sleep(1)
+    await world.write(30)
+    await world.stores(up=True)
+    assert await world.pod.exit_code() == 0
+    await world.assert_nothing_lost()
+
+
+async def test_a_grace_period_that_is_cut_short_loses_nothing(world):
+    """SIGTERM with both stores down, SIGKILL a second later, a new container on the same volume: all there, once."""
+    await world.pod.start()
+    await world.write(20)
+    await world.stores(up=False)
+    await world.write(200)
+    world.pod.terminate()
+    await asyncio.sleep(1)
+    await world.write(20)
+    world.pod.kill()
+    assert world.pod.process.returncode == -signal.SIGKILL
+    await world.pod.start()
+    await world.stores(up=True)
+    await world.pod.drained()
+    await world.assert_nothing_lost()
+
+
+async def test_a_stop_with_both_stores_down_ends_in_time_and_the_next_start_delivers(world):
+    """Exit 0 within the drain's timeout; what was left is told by the next run, and delivered by it."""
+    await world.pod.start()
+    await world.stores(up=False)
+    await world.write(100)
+    world.pod.terminate()
+    assert await world.pod.exit_code(seconds=15) == 0
+    await world.pod.start()
+    left = (await world.pod.metrics())['sidecar_undelivered_at_exit{store="postgres"}']
+    assert left == 100
+    await world.stores(up=True)
+    await world.pod.drained()
+    await world.assert_nothing_lost()
+
+
+async def test_a_container_that_is_killed_again_and_again_loses_nothing(world):
+    """Five OOM kills in the middle of writing, each followed by a restart on the same volume."""
+    await world.pod.start()
+    for _ in range(5):
+        await world.write(40)
+        world.pod.kill()
+        await world.pod.start()
+    await world.pod.drained()
+    await world.assert_nothing_lost()
