@@ -146,6 +146,7 @@ EXCEPTIONS: Final[tuple[tuple[type[BaseException], Verdict], ...]] = (
     (botocore.exceptions.ConfigNotFound, Verdict(_BLOCKED, "the AWS configuration file does not exist")),
     (botocore.exceptions.NoRegionError, Verdict(_BLOCKED, "no region: set dynamodb.region or AWS_REGION")),
     (botocore.exceptions.SSLError, Verdict(_BLOCKED, "TLS to AWS failed")),
+    (botocore.exceptions.ConnectionError, Verdict(_TRANSIENT, "AWS could not be reached")),
     (botocore.exceptions.HTTPClientError, Verdict(_TRANSIENT, "AWS could not be reached")),
     (botocore.exceptions.ParamValidationError, Verdict(_PERMANENT, "refused by the client's validation")),
     (botocore.exceptions.WaiterError, Verdict(_TRANSIENT, "waited too long")),

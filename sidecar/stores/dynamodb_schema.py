@@ -51,6 +51,10 @@ def _definition(index: Index) -> dict[str, Any]:
     }
 
 
+def _known(table: Any) -> set[str]:
+    return {definition["AttributeName"] for definition in table["AttributeDefinitions"]}
+
+
 def _attributes(*names: str) -> list[dict[str, str]]:
     return [{"AttributeName": name, "AttributeType": "S"} for name in names]
 
@@ -85,11 +89,11 @@ async def create(wire: Wire, options: settings.DynamoDB, *, clock: Clock) -> Seq
             if index.name not in present:
                 await client.update_table(
                     TableName=options.table,
-                    AttributeDefinitions=_attributes(SORT, index.hash_key),
+                    AttributeDefinitions=_attributes(*_known(table) | {SORT, index.hash_key}),
                     GlobalSecondaryIndexUpdates=[{"Create": _definition(index)}],
                 )
                 done.append(f"index {index.name}")
-                await _until_active(client, options.table, clock)
+                table = await _until_active(client, options.table, clock)
         done.extend(await _features(client, options))
     return done
 

@@ -5,8 +5,9 @@ stamped on that day or later have that many shards. The first entry is ``0001-01
 
 INVARIANT: a reader fans out to every shard that any writer may have chosen; else it would hide records. So:
 
-* the item is replaced by compare-and-set on ``v`` only, and a change begins with the day after tomorrow: every copy in
-  memory is younger than ``MAX_AGE_SECONDS`` (12 h), so whoever writes or reads that day in its time knows of it;
+* entries are only added, by compare-and-set on ``v``, each for a later day than the last, and a change begins with the
+  day after tomorrow: every copy in memory is younger than ``MAX_AGE_SECONDS`` (12 h), so whoever writes or reads that
+  day in its time knows of it;
 * a record may be stamped ahead of its time, and a writer's clock may be wrong: under fewer shards than before, readers
   go on with the larger number for ``FORESIGHT_DAYS`` days. (More shards than before are no danger: ``hash mod N`` of
   the smaller N is among the larger N's shards.)
@@ -60,10 +61,11 @@ class Schedule:
         return max(self.counts[first : last + 1])
 
     def changed(self, day: int, count: int) -> "Schedule":
-        """The next version: ``count`` shards from ``day`` on, the same as now before it."""
-        before = [pair for pair in zip(self.days, self.counts, strict=True) if pair[0] < day]
-        days, counts = zip(*before, (day, count), strict=True)
-        return Schedule(self.version + 1, days, counts)
+        """The next version: ``count`` shards from ``day`` on, or from the day after the last change if that is later.
+
+        Nothing is ever taken out: somebody may have written by it.
+        """
+        return Schedule(self.version + 1, (*self.days, max(day, self.days[-1] + 1)), (*self.counts, count))
 
 
 class ShardSchedule:
@@ -115,9 +117,8 @@ class ShardSchedule:
             elif present.counts[-1] == count:
                 return None
             else:
-                day = self._clock.now_us() // DAY + 2
-                wanted = present.changed(day, count)
-                done = f"shard schedule: {present.counts[-1]} -> {count} a day from {day_text(day)} on"
+                wanted = present.changed(self._clock.now_us() // DAY + 2, count)
+                done = f"shard schedule: {present.counts[-1]} -> {count} a day from {day_text(wanted.days[-1])} on"
             if await self._replace(present, wanted):
                 self._copy = None
                 return done

@@ -2,7 +2,10 @@
 
 import logging
 import re
+import ssl
 
+import aiohttp
+import botocore.exceptions as aws
 import msgspec
 import pytest
 
@@ -151,3 +154,40 @@ async def test_a_reason_never_carries_a_value_of_the_record(
         seen = await failure(store)
         assert SECRET not in f"{seen} {seen.reason} {seen.code} {seen!r} {seen.__cause__!r}"
     assert SECRET not in caplog.text
+
+
+DRIVER = {
+    BLOCKED: (
+        *(aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError, aiohttp.InvalidURL),
+        *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError, aws.ProfileNotFound),
+        *(aws.ConfigNotFound, aws.NoRegionError, aws.SSLError, aws.UnauthorizedSSOTokenError, aws.SSOTokenLoadError),
+        *(aws.InvalidConfigError, aws.UnknownServiceError),
+    ),
+    TRANSIENT: (
+        *(aiohttp.ConnectionTimeoutError, aiohttp.ServerTimeoutError, aiohttp.ServerDisconnectedError, TimeoutError),
+        *(aiohttp.ClientConnectorDNSError, aiohttp.ClientConnectorError, aiohttp.ClientPayloadError),
+        *(aiohttp.ClientOSError, aiohttp.ClientProxyConnectionError, ConnectionResetError, BrokenPipeError, OSError),
+        *(aws.EndpointConnectionError, aws.ConnectTimeoutError, aws.ReadTimeoutError, aws.ConnectionClosedError),
+        *(aws.ProxyConnectionError, aws.WaiterError),
+    ),
+    PERMANENT: (aws.ParamValidationError,),
+    UNKNOWN: (ZeroDivisionError, RuntimeError),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "retry_class"), [(kind, retry_class) for retry_class, kinds in DRIVER.items() for kind in kinds]
+)
+def test_each_exception_of_the_drivers_has_its_class(kind: type[BaseException], retry_class: RetryClass) -> None:
+    """Subclasses are judged before their bases."""
+    seen = errors.from_exception("GetItem", kind.__new__(kind))
+    assert (seen.retry_class, seen.code) == (retry_class, kind.__name__)
+
+
+@pytest.mark.parametrize(("code", "retry_class"), [("AccessDenied", BLOCKED), ("Strange", UNKNOWN)])
+def test_a_client_error_of_the_control_plane_is_judged_by_its_code(code: str, retry_class: RetryClass) -> None:
+    """The same table as the data plane's."""
+    response = {"Error": {"Code": code, "Message": SECRET}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+    seen = errors.from_exception("control", aws.ClientError(response, "DescribeTable"))
+    assert (seen.retry_class, seen.code) == (retry_class, code)
+    assert SECRET not in str(seen)
