@@ -4,6 +4,7 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -20,6 +21,7 @@ from tests.corpus import JsonText, RecordText, json_texts, record_texts
 
 NOW_US = 1_795_348_800_000_000  # 2026-11-22T12:00:00Z
 INGEST = Ingest()
+_SPELLS: list[Callable[[str], str]] = [str, camel, pascal]
 V4 = "3f2b8c1e-5a4d-4e6f-9a8b-7c6d5e4f3a2b"
 
 
@@ -40,15 +42,18 @@ class FixedClock:
 
 
 def new_screener(**columns: int) -> Screener:
+    """A screener whose clock stands at NOW_US."""
     clock = FixedClock()
     return Screener(clock, Minter(clock, os.urandom), columns)
 
 
 def screen(body: bytes, form: Form = Form.JSON, ingest: Ingest = INGEST, key: str | None = None) -> Screened:
+    """What becomes of a body."""
     return new_screener().screen(body, form, ingest, key)
 
 
 def name(case: JsonText | RecordText) -> str:
+    """How a case is shown."""
     return case.name
 
 
@@ -65,12 +70,12 @@ def test_a_body_that_is_not_json_is_malformed(case: JsonText) -> None:
 @pytest.mark.parametrize("case", json_texts("accept", "surrogate", "deep"), ids=name)
 def test_a_body_that_is_json_is_judged_by_the_schema_only(case: JsonText) -> None:
     """What RFC 8259 allows parses; then the schema may refuse it, by name."""
-    try:
+    if case.text.strip(b" \t\r\n")[:1] in (b"[", b"{"):
         result = screen(case.text)
-    except InvalidRecord as error:
-        assert error.field in {"body", "logs"}
-    else:
         assert result.total == len(result.records) + len(result.refused)
+    else:
+        with pytest.raises(InvalidRecord, match="neither an object nor an array"):
+            screen(case.text)
 
 
 @pytest.mark.parametrize("case", json_texts("reject"), ids=name)
@@ -158,7 +163,7 @@ def test_a_record_is_taken_or_refused_by_field_and_rule(case: RecordText, around
         return
     result = screen(body)
     if case.refused is not None:
-        assert [(one.index, one.field, one.rule) for one in result.refused] == [(0, case.refused, Rule(case.rule))]
+        assert [(one.index, one.field, one.rule) for one in result.refused] == [(0, case.refused, Rule(str(case.rule)))]
         assert result.refused[0].raw.strip() == case.text.strip()
         return
     assert [one.reason for one in result.refused] == []
@@ -284,7 +289,7 @@ def test_the_mapped_columns_width_counts_where_it_is_smaller() -> None:
 
 def test_every_spelling_has_one_field() -> None:
     """Snake, camel and Pascal names of the thirteen fields, and no two fields share one."""
-    assert {SPELLINGS[spell(field)] for field in FIELDS for spell in (str, camel, pascal)} == set(FIELDS)
+    assert {SPELLINGS[spell(field)] for field in FIELDS for spell in _SPELLS} == set(FIELDS)
     assert SPELLINGS["processingTimeMs"] == SPELLINGS["ProcessingTimeMs"] == "processing_time_ms"
 
 
@@ -324,7 +329,7 @@ _values = {
 @st.composite
 def _members(draw: st.DrawFn) -> bytes:
     """A record's text: fields in any order, spelling, spacing; sometimes wrong, twice, null, unknown."""
-    spell = draw(st.sampled_from([str, camel, pascal]))
+    spell = draw(st.sampled_from(_SPELLS))
     fields = draw(st.lists(st.sampled_from(FIELDS), max_size=8, unique=True))
     if draw(st.integers(0, 9)):
         fields = ["service_name", *(f for f in fields if f != "service_name")]
@@ -335,7 +340,7 @@ def _members(draw: st.DrawFn) -> bytes:
     for field in fields:
         odd = not draw(st.integers(0, 14))
         value = draw(st.one_of(st.none(), _json) if odd else _values[field])
-        key = (spell if draw(st.integers(0, 19)) else draw(st.sampled_from([str, camel, pascal])))(field)
+        key = (spell if draw(st.integers(0, 19)) else draw(st.sampled_from(_SPELLS)))(field)
         before, after = draw(st.sampled_from([("", ""), ("", " "), (" ", ""), ("\n", "\t")]))
         parts.append(f"{json.dumps(key)}{before}:{after}{json.dumps(value, ensure_ascii=ascii_only)}")
     if not draw(st.integers(0, 19)):
@@ -424,10 +429,12 @@ def test_no_bytes_raise_anything_unforeseen(body: bytes) -> None:
 
 
 def content(text: str, key: str | None = None) -> bytes | None:
+    """The content digest of one record."""
     return screen(text.encode(), key=key).contents[0]
 
 
 def own(**fields: object) -> str:
+    """A record with its own id and time."""
     return json.dumps({"log_id": V4, "log_timestamp": "2026-11-22T11:00:00Z", "service_name": "s"} | fields)
 
 
@@ -500,7 +507,7 @@ def test_minting_carries_over_its_digits() -> None:
     clock = FixedClock()
     minter = Minter(clock, lambda n: b"\xff" * n)
     ids = minter.batch(200_000)
-    minter._tail = (1 << 74) - 5  # noqa: SLF001  (the rarest carry cannot be reached by drawing)
+    minter._tail = (1 << 74) - 5  # (the rarest carry cannot be reached by drawing)
     ids += minter.batch(3)
     assert ids == sorted(set(ids))
     assert {uuid.UUID(one).version for one in ids} == {7}
@@ -587,7 +594,7 @@ def test_a_remembered_second_does_not_loosen_the_form() -> None:
     """After a good timestamp, the same second in a bad form is still refused."""
     stamps = Timestamps()
     stamps.parse("2026-11-22T11:00:00.5Z")
-    for text in ("", ".Z", ".5", ".5z5Z", ".-5Z", ".٥Z", ".5ZZ", " Z", "Z ", ".²Z", "+1Z", "x5Z"):
+    for text in ("", ".Z", ".5", ".5z5Z", ".-5Z", ".\u0665Z", ".5ZZ", " Z", "Z ", ".²Z", "+1Z", "x5Z"):
         with pytest.raises(ValueError, match="RFC 3339"):
             stamps.parse("2026-11-22T11:00:00" + text)
         body = json.dumps(

@@ -16,7 +16,7 @@ from sidecar.metrics import Metrics
 from sidecar.phase import Phase, Policy
 from sidecar.record import LogRecord, to_dict
 from sidecar.screening import Form, Minter, Refused, Rule, Screened, Screener
-from sidecar.settings import Settings
+from sidecar.settings import Dedup, Settings
 from sidecar.spool.types import Fate, Obligation, Receipt, RecordStatus, Seen
 
 _CONFLICT: Final = (
@@ -109,6 +109,7 @@ class Intake:
         clock: Clock,
         metrics: Metrics,
         closed: Callable[[], Busy | None] = lambda: None,
+        dedup: Dedup,
         column_limits: Mapping[str, int] | None = None,
     ) -> None:
         """``closed`` says why nothing is accepted now (fail-closed), ``column_limits`` an adopted table's widths."""
@@ -119,7 +120,7 @@ class Intake:
         self._metrics = metrics
         self._closed = closed
         self._screener = Screener(clock, minter, column_limits or {})
-        self.window = DedupWindow(settings().dedup, clock)
+        self.window = DedupWindow(dedup, clock)
         self._stopping: Busy | None = None
         self._last_standing: Standing | None = None
         self._last_obligation = Obligation(0, frozenset())

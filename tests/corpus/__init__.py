@@ -1,8 +1,8 @@
 """Bad input as data: what must be refused, what must come through unchanged. Our own cases; see each loader.
 
 ``json_texts.jsonl``  JSON texts. ``text`` holds one byte per character (Latin-1), so that bytes that are not UTF-8 can
-    be written down; or ``prefix * times + middle + suffix * times``. Verdicts: ``accept`` (JSON), ``reject`` (not JSON),
-    ``surrogate`` (JSON by its grammar, with a lone surrogate escape), ``deep`` (JSON, nested more than 63 levels).
+``json_texts.jsonl``  JSON texts. ``text`` holds one byte per character (Latin-1), so that any byte can
+    ``surrogate`` (JSON by its grammar, but with a lone surrogate escape), ``deep`` (JSON, more than 63 levels).
 ``records.jsonl``  record texts. ``refused`` names the field that is at fault and ``rule`` the rule; otherwise
     ``stored`` gives fields as they are stored.
 """
