@@ -85,7 +85,7 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    loaded = _load(args)
+    loaded = load(args.config, os.environ)  # its warnings go to its own log, a line of JSON each
     from sidecar import app  # noqa: PLC0415  (drivers are imported only by the verbs that use them)
 
     return _run(app.serve(loaded))

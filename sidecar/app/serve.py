@@ -88,6 +88,8 @@ async def serve(loaded: Loaded, *, clock: Clock | None = None) -> int:
         ConfigError: an address cannot be listened on.
     """
     jsonlog.configure(loaded.settings.logging.level)
+    for warning in loaded.warnings:
+        log.warning("configuration", extra={"what": warning})
     return await _Sidecar(loaded, clock or SystemClock()).run()
 
 
