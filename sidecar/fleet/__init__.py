@@ -6,7 +6,7 @@
 * ``census``      who is alive, by the observer's monotonic clock
 * ``member``      one instance: announce, apply, fence
 * ``controller``  tick: look, and do what is due
-* ``store``       the port that each store implements; ``memory`` is its reference, ``lease`` serves stores without clock
+* ``store``       the port; ``memory`` is its reference, ``lease`` is for stores without a clock
 """
 
 from sidecar.fleet.census import Census, Member, Presence

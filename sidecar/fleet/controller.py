@@ -221,30 +221,42 @@ class Controller:
     async def _once(self, done: list[str]) -> Outlook | None:
         """None after a change: look again."""
         try:
-            copies = await self._copies()
-            record = protocol.highest(copies.copies.values())
-            if record is None:
-                decided = decision.create(
-                    copies, self._wish(), by=self._member.identity.instance, at_us=self._clock.now_us()
-                )
-                return await self._do(decided, Outlook(done=tuple(done)), done)
-            base = Outlook(record, done=tuple(done))
-            if self._member.fenced:
-                hold = Hold("this_instance", "fenced: no heartbeat succeeded lately", "to have joined the fleet")
-                return replace(base, holds=self._dated((hold,)))
-            store = self._stores[protocol.AUTHORITY[record.phase]]
-            if not await store.acquire_lease(LEASE, self._holder, self._lease_s):
-                return base
-            view = await self._with_members(copies)
-            base = replace(base, leads=True, members=view.members)
-            await self._forget()
-            decided = decision.decide(view, self._authority)
-            if decided.move is not None:
-                return await self._move(record, view, decided, base, done)
-            return await self._do(decided, base, done)
+            known = self._member.applied
+            return await (self._before_joining(done) if known is None else self._joined(known, done))
         except StoreError as error:
             hold = Hold("authority_reachable", str(error), "the store that decides to answer")
             return replace(self.outlook, leads=False, holds=self._dated((hold,)), done=tuple(done))
+
+    async def _before_joining(self, done: list[str]) -> Outlook | None:
+        """This instance has read no record: create the first one if there is none anywhere."""
+        copies = await self._copies()
+        record = protocol.highest(copies.copies.values())
+        base = Outlook(record, done=tuple(done))
+        if record is not None:
+            return base
+        decided = decision.create(copies, self._wish(), by=self._member.identity.instance, at_us=self._clock.now_us())
+        return await self._do(decided, base, done)
+
+    async def _joined(self, known: FleetRecord, done: list[str]) -> Outlook | None:
+        """Lead if nobody else does."""
+        base = Outlook(known, done=tuple(done))
+        if self._member.fenced:
+            hold = Hold("this_instance", "fenced: no heartbeat succeeded lately", "to have joined the fleet")
+            return replace(base, holds=self._dated((hold,)))
+        store = self._stores[protocol.AUTHORITY[known.phase]]
+        if not await store.acquire_lease(LEASE, self._holder, self._lease_s):
+            return base
+        view = await self._with_members(await self._copies())
+        record = protocol.highest(view.copies.values())
+        if record is None:
+            hold = Hold("record_not_lost", "no store has the fleet record", f"the record of epoch {known.epoch}")
+            return replace(base, leads=True, holds=self._dated((hold,)))
+        base = replace(base, record=record, leads=True, members=view.members)
+        await self._forget()
+        decided = decision.decide(view, self._authority)
+        if decided.move is not None:
+            return await self._move(record, view, decided, base, done)
+        return await self._do(decided, base, done)
 
     async def _do(self, decided: Decision, base: Outlook, done: list[str]) -> Outlook | None:
         if decided.change is None:
@@ -323,7 +335,7 @@ class Controller:
         return View(copies, unreachable)
 
     @staticmethod
-    async def _copy(store: FleetStore) -> FleetRecord | None | StoreError:
+    async def _copy(store: FleetStore) -> FleetRecord | StoreError | None:
         try:
             return await store.read_record()
         except StoreError as error:

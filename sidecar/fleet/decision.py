@@ -23,7 +23,7 @@ PhaseAuthority = Literal["file", "api"]
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Why the fleet is not where it is wished; ``since_us`` is when this began (wall clock, filled by the controller)."""
+    """Why the fleet is not where it is wished; ``since_us``: since when (wall clock, filled by the controller)."""
 
     gate: str
     observed: str
@@ -147,15 +147,7 @@ def accepted(record: FleetRecord, members: Sequence[Member]) -> tuple[Wish | Non
             )
         return _joint(voters), None
     if record.phase_epoch > 0:
-        stale = sorted(i for i, w in wishes.items() if w.phase != record.desired)
-        current = [w for w in wishes.values() if w.phase_epoch == record.phase_epoch and w.phase == record.desired]
-        if not stale:
-            return (_joint(current) if current else None), None
-        return (_joint(current) if current else None), Hold(
-            "epoch_conflict",
-            f"{', '.join(stale[:5])}: another phase without a phase_epoch above {record.phase_epoch}",
-            f"phase_epoch {record.phase_epoch + 1} or higher to change the phase",
-        )
+        return _standing(record, wishes)
     if not wishes:
         return None, None
     if len({w.phase for w in wishes.values()}) > 1:
@@ -165,6 +157,18 @@ def accepted(record: FleetRecord, members: Sequence[Member]) -> tuple[Wish | Non
             "the same phase in every instance's configuration, or a phase_epoch",
         )
     return _joint(list(wishes.values())), None
+
+
+def _standing(record: FleetRecord, wishes: Mapping[str, Wish]) -> tuple[Wish | None, Hold | None]:
+    """No configuration is newer than the wish in the record: it stands, and others are named."""
+    current = [w for w in wishes.values() if w.phase_epoch == record.phase_epoch and w.phase == record.desired]
+    stale = sorted(i for i, w in wishes.items() if w.phase != record.desired)
+    conflict = Hold(
+        "epoch_conflict",
+        f"{', '.join(stale[:5])}: another phase without a phase_epoch above {record.phase_epoch}",
+        f"phase_epoch {record.phase_epoch + 1} or higher to change the phase",
+    )
+    return (_joint(current) if current else None), (conflict if stale else None)
 
 
 def _joint(wishes: Sequence[Wish]) -> Wish:

@@ -120,8 +120,8 @@ class FleetMember:
     ) -> None:
         """``on_applied`` is called with the record in force after each change of epoch and each end of a fence.
 
-        It makes good what the record demands of the spool (strengthen, resolve, flush gap lines), is idempotent, and may
-        raise Busy or StoreError: then it is called again, and the epoch is not claimed before it returned.
+        It makes good what the record demands of the spool (strengthen, resolve), is idempotent, and may raise Busy or
+        StoreError: then it is called again, and the epoch is not claimed before it returned.
         """
         self.identity = identity
         self.applied: FleetRecord | None = None
@@ -170,7 +170,7 @@ class FleetMember:
 
     @contextmanager
     def use(self) -> Iterator[Use]:
-        """Hold the policy in force for one request, from the stamp to the commit, or from the question to the answer."""
+        """Hold the policy in force: from the stamp to the commit, from the question to the answer."""
         policy = self.policy
         epoch = NO_EPOCH if policy is None or self.applied is None else self.applied.epoch
         key = epoch, self.lapses
@@ -213,7 +213,9 @@ class FleetMember:
     async def settle_in(self) -> None:
         """Finish applying: call ``on_applied`` and claim the epoch, as soon as nothing older is under way."""
         record = self.applied
-        if self._busy or not self._due or record is None or self.fenced or any(e < record.epoch for e, _ in self._uses):
+        if self._busy or not self._due or record is None or self.fenced:
+            return
+        if any(epoch < record.epoch for epoch, _ in self._uses):
             return
         self._busy, self._due = True, False
         try:

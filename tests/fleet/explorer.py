@@ -99,6 +99,7 @@ RULES = {
 
 @cache
 def record_of(copy: Copy | None) -> FleetRecord | None:
+    """The product's record for a relative one."""
     if copy is None:
         return None
     epoch = BASE - copy.lag

@@ -2,250 +2,20 @@
 
 One seed is one history: configuration changes that arrive in any order, crashes and restarts, stores down, links cut,
 machines stopped for longer than the fence, wall clocks set, requests that land after their sender gave up. The oracle
-knows everything and is asked after every step of the event loop; it stops the run with ``Unsafe``.
-
-The spool here is the protocol's client: it shows what a caller has to do with ``FleetMember.use`` and ``on_applied``.
-
-* It stamps at the commit, inside a use, and takes the stamp back before the acknowledgement if the use is not valid.
-* It ships a frame that not all stores are owed inside a use, after the gap line is in the ledger, and settles it only
-  if the use is still valid.
-* ``on_applied`` gives pending frames the stores of the phase in force as well, and resolves unresolved ones.
+knows everything and is asked after every step of the event loop; it stops the run with ``UnsafeError``.
 """
 
 import asyncio
 import random
 from collections import Counter
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
 
-from sidecar.errors import Busy, RetryClass, StoreError
-from sidecar.fleet import (
-    Controller,
-    FleetMember,
-    FleetRecord,
-    GapLine,
-    Identity,
-    Load,
-    MemoryFleetStore,
-    Wish,
-    protocol,
-)
-from sidecar.migration import GateResult
-from sidecar.phase import DYNAMODB, POSTGRES, STORES, TABLE, Phase, StoreName
-from tests.fleet.virtual import Link, Machine, Network, TrueClock, VirtualLoop
+from sidecar.fleet import FleetRecord, GapLine, MemoryFleetStore, Wish, protocol
+from sidecar.phase import DYNAMODB, POSTGRES, STORES, Phase, StoreName
+from tests.fleet.simulated import FENCE, Frame, Sidecar, UnsafeError
+from tests.fleet.virtual import Network, TrueClock, VirtualLoop
 
-INTERVAL, FENCE = 10.0, 40.0  # seconds
 HISTORY = 5  # records in PostgreSQL before the sidecars came
-
-
-class Unsafe(AssertionError):
-    """An invariant does not hold; says which, when, and what happened before."""
-
-
-@dataclass
-class Frame:
-    """One record in a spool."""
-
-    record: int
-    hour: int
-    owed: set[StoreName] | None  # None: unresolved
-    best_effort: set[StoreName] = field(default_factory=set)
-    delivered: set[StoreName] = field(default_factory=set)
-    released: set[StoreName] = field(default_factory=set)
-    acknowledged: bool = False
-
-    @property
-    def pending(self) -> set[StoreName]:
-        return set() if self.owed is None else self.owed - self.delivered - self.released
-
-
-class NoOpenGap:
-    """The real rule on the simulated ledger: every line of both stores' ledgers is closed."""
-
-    def __init__(self, store: StoreName, step: tuple[Phase, Phase], links: dict[StoreName, Link]) -> None:
-        self.name = "no_open_gap"
-        self.steps = frozenset({step})
-        self._store = store
-        self._links = links
-
-    async def evaluate(self) -> GateResult:
-        lines = [line for link in self._links.values() for line in await link.gaps()]
-        missing = sum(line.open for line in lines if line.store == self._store)
-        return GateResult(self.name, missing == 0, f"{missing} records missing in {self._store}", "none")
-
-
-class Sidecar:
-    """A machine with a spool that survives, and processes that do not."""
-
-    def __init__(self, world: "World", name: str) -> None:
-        self.world = world
-        self.name = name
-        self.machine = Machine(world.loop, world.rng)
-        self.links = {s: Link(world.fleet[s], name, self.machine, world.network) for s in STORES}
-        self.frames: list[Frame] = []
-        self.opened: Counter[tuple[StoreName, str, int]] = Counter()
-        self.config = Wish(world.first)
-        self.member: FleetMember | None = None
-        self.controller: Controller | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._incarnation = 0
-
-    # -- life -------------------------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        self._incarnation += 1
-        self.member = FleetMember(
-            Identity(self.name, str(self._incarnation)),
-            self.links,
-            self.machine,
-            wish=lambda: self.config,
-            load=self._load,
-            on_applied=self._on_applied,
-            interval_s=INTERVAL,
-            fence_after_s=FENCE,
-            rng=self.world.rng,
-        )
-        self.controller = Controller(
-            self.member,
-            self.links,
-            self.machine,
-            wish=lambda: self.config,
-            gates=(
-                NoOpenGap(DYNAMODB, (Phase.DUAL_WRITE, Phase.DUAL_WRITE_READ_DYNAMO), self.links),
-                NoOpenGap(POSTGRES, (Phase.DUAL_WRITE_READ_DYNAMO, Phase.DUAL_WRITE), self.links),
-            ),
-            new_id=lambda: f"{self.name}-{self._incarnation}-{self.world.number()}",
-        )
-        parts: tuple[Coroutine[None, None, None], ...] = (
-            self.member.run(),
-            self.controller.run(INTERVAL),
-            self._accept(self.member),
-            self._ship(self.member),
-            self._read(self.member),
-        )
-        self._tasks = [self.world.loop.create_task(self.world.guarded(part)) for part in parts]
-
-    async def kill(self) -> None:
-        tasks, self._tasks, self.member, self.controller = self._tasks, [], None, None
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _load(self) -> Load:
-        return Load(pending={s: sum(s in f.pending for f in self.frames) for s in STORES})
-
-    # -- what a sidecar does ----------------------------------------------------------------------------------------
-
-    async def _on_applied(self, record: FleetRecord) -> None:
-        policy = protocol.policy_of(record)
-        assert self.member is not None
-        with self.member.use() as use:
-            changed = [(f, f.owed) for f in self.frames if f.owed is None or f.pending]
-            for frame, _ in changed:
-                frame.owed = (frame.owed or set()) | set(policy.owed)
-                frame.best_effort -= policy.required
-            await self.machine.sleep(self.world.rng.uniform(0, 0.1))
-            if not use.valid:
-                for frame, before in changed:
-                    if before is None and not frame.delivered:
-                        frame.owed = None
-
-    async def _accept(self, member: FleetMember) -> None:
-        rng = self.world.rng
-        while True:
-            await self.machine.sleep(rng.uniform(0.5, 12.0))
-            with member.use() as use:
-                policy = use.policy
-                await self.machine.sleep(rng.uniform(0, 30.0 if rng.random() < 0.1 else 0.05))  # some clients are slow
-                owed = None if policy is None else set(policy.owed)
-                frame = Frame(self.world.number(), int(self.world.loop.now // 300), owed)
-                if policy is not None:
-                    frame.best_effort = set(policy.owed - policy.required)
-                self.frames.append(frame)
-                await self.machine.sleep(rng.uniform(0, 0.05))
-                if not use.valid:
-                    frame.owed = None
-                if frame.owed is not None:
-                    self.world.works(self, "stamps")
-                frame.acknowledged = True
-                self.world.acknowledged.append(frame)
-
-    async def _ship(self, member: FleetMember) -> None:
-        rng = self.world.rng
-        while True:
-            await self.machine.sleep(rng.uniform(0.5, 6.0))
-            self.frames = [f for f in self.frames if f.owed is None or f.pending or not f.acknowledged]
-            if member.fenced or member.claimed == 0:
-                continue
-            for frame in [f for f in self.frames if f.pending]:
-                if member.fenced:
-                    break
-                with member.use() as use:
-                    for store in sorted(frame.pending, key=STORES.index):
-                        try:
-                            await self._deliver(frame, store, use.valid)
-                        except StoreError:
-                            continue
-                        if use.valid:
-                            frame.delivered.add(store)
-                    if DYNAMODB in member.releasable and DYNAMODB in frame.best_effort and use.valid:
-                        await self._release(frame, use)
-                if rng.random() < 0.3:
-                    break
-
-    async def _deliver(self, frame: Frame, store: StoreName, valid: bool) -> None:
-        if not valid:
-            raise StoreError(store, RetryClass.TRANSIENT, "fenced")
-        assert frame.owed is not None
-        for other in STORES:
-            if other not in frame.owed:
-                await self._open(other, "not_owed", frame.hour, ledger=store)
-        data = self.world.data[store]
-
-        async def put() -> None:
-            data[frame.record] = frame.hour
-
-        await self.world.network.call(self.name, self.machine, store, put)
-
-    async def _release(self, frame: Frame, use: object) -> None:
-        backlog = sum(DYNAMODB in f.pending for f in self.frames)
-        if backlog < 4 or frame.pending != {DYNAMODB}:
-            return
-        try:
-            await self._open(DYNAMODB, "released", frame.hour, ledger=POSTGRES)
-        except StoreError:
-            return
-        if use.valid and DYNAMODB in self.member.releasable and DYNAMODB in frame.best_effort:
-            frame.released.add(DYNAMODB)
-            self.world.seen["released"] += 1
-
-    async def _open(self, store: StoreName, kind: str, hour: int, *, ledger: StoreName) -> None:
-        self.opened[store, kind, hour] += 1
-        line = GapLine(store=store, kind=kind, hour=hour, source=self.name, opened=self.opened[store, kind, hour])
-        await self.links[ledger].put_gaps([line])
-
-    async def _read(self, member: FleetMember) -> None:
-        rng = self.world.rng
-        while True:
-            await self.machine.sleep(rng.uniform(1.0, 12.0))
-            try:
-                with member.use() as use:
-                    store = use.confirm().reads_from
-                    expected = self.world.must_be_found(store)
-                    data = self.world.data[store]
-
-                    async def get(data: dict[int, int] = data) -> set[int]:
-                        return set(data)
-
-                    found = await self.world.network.call(self.name, self.machine, store, get)
-                    use.confirm()
-            except (Busy, StoreError):
-                self.world.seen["reads refused"] += 1
-                continue
-            self.world.works(self, "reads")
-            self.world.seen["reads answered"] += 1
-            if missed := expected - found:
-                raise Unsafe(f"{self.name} reads {store}: {sorted(missed)[:5]} were delivered before and are not there")
 
 
 class World:
@@ -292,15 +62,19 @@ class World:
     def unfenced(self, sidecar: Sidecar) -> bool:
         """Computed without asking the member, so that looking changes nothing."""
         member = sidecar.member
-        return member is not None and member._joined and (sidecar.machine.monotonic() < member._until or not self.fences)
+        return (
+            member is not None and member._joined and (sidecar.machine.monotonic() < member._until or not self.fences)
+        )
 
     def works(self, sidecar: Sidecar, what: str) -> None:
         if not self.unfenced(sidecar):
-            raise Unsafe(f"{sidecar.name} is fenced and {what}")
+            raise UnsafeError(f"{sidecar.name} is fenced and {what}")
 
     def must_be_found(self, store: StoreName) -> set[int]:
         """What an earlier phase acknowledged and delivered, and no open line of the ledger says is missing here."""
-        missing = {line.hour for s in STORES for line in self.fleet[s]._gaps.values() if line.open and line.store == store}
+        missing = {
+            line.hour for s in STORES for line in self.fleet[s]._gaps.values() if line.open and line.store == store
+        }
         found = {
             f.record
             for f in self.acknowledged
@@ -318,9 +92,11 @@ class World:
                     continue
                 known = self._epochs.setdefault(record.epoch, record)
                 if (known.phase, known.preparing) != (record.phase, record.preparing):
-                    raise Unsafe(f"two records of epoch {record.epoch}: {known.phase.label} and {record.phase.label}")
+                    raise UnsafeError(
+                        f"two records of epoch {record.epoch}: {known.phase.label} and {record.phase.label}"
+                    )
             if here and there and abs(here.epoch - there.epoch) > 1:
-                raise Unsafe(f"the copies are at epochs {here.epoch} and {there.epoch}")
+                raise UnsafeError(f"the copies are at epochs {here.epoch} and {there.epoch}")
         working: set[int] = set()
         for sidecar in self.sidecars:
             member = sidecar.member
@@ -334,7 +110,7 @@ class World:
                 for b in working:
                     if a < b and not self._together(self._epochs[a], self._epochs[b]):
                         early, late = self._epochs[a].phase.label, self._epochs[b].phase.label
-                        raise Unsafe(f"epoch {a} ({early}) and epoch {b} ({late}) at work together")
+                        raise UnsafeError(f"epoch {a} ({early}) and epoch {b} ({late}) at work together")
 
     @staticmethod
     def _together(early: FleetRecord, late: FleetRecord) -> bool:
@@ -347,7 +123,7 @@ class World:
         if self.failure is None:
             try:
                 self.check()
-            except Unsafe as error:
+            except UnsafeError as error:
                 self.failure = error
 
     # -- what happens to them ---------------------------------------------------------------------------------------
@@ -402,7 +178,7 @@ class World:
             sidecar.start()
 
     async def backfill(self) -> None:
-        """Copies the hours of open gaps; closes what it saw only if the epoch is the same, settled, before and after."""
+        """Copies the hours of open gaps; closes what it saw only if the epoch was settled and is the same after."""
         while True:
             await asyncio.sleep(15)
             if self.network.down:
@@ -421,7 +197,12 @@ class World:
                 continue
             for ledger, line in lines:
                 closed = GapLine(
-                    store=line.store, kind=line.kind, hour=line.hour, source=line.source, opened=line.opened, closed=line.opened
+                    store=line.store,
+                    kind=line.kind,
+                    hour=line.hour,
+                    source=line.source,
+                    opened=line.opened,
+                    closed=line.opened,
                 )
                 await self.fleet[ledger].put_gaps([closed])
                 self.seen["gaps closed"] += 1
@@ -455,7 +236,7 @@ class World:
         return None
 
     async def run(self, chaos_s: float) -> None:
-        """One history. Raises Unsafe."""
+        """One history. Raises UnsafeError."""
         history = {-n: -1 for n in range(1, HISTORY + 1)}
         self.data[POSTGRES].update(history)
         self.data[DYNAMODB].update(history if self.first >= Phase.DUAL_WRITE_READ_DYNAMO else {})
@@ -488,18 +269,22 @@ class World:
         deadline = self.loop.now + 3600
         while self.failure is None and (missing := self.quiet()) is not None:
             if self.loop.now > deadline:
-                raise Unsafe(f"an hour after the healing: {missing}; {[s.controller.outlook.holds for s in self.sidecars]}")
+                raise UnsafeError(
+                    f"an hour after the healing: {missing}; {[s.controller.outlook.holds for s in self.sidecars]}"
+                )
             await asyncio.sleep(20)
 
     def _account(self) -> None:
         everything = {f.record for f in self.acknowledged} | {-n for n in range(1, HISTORY + 1)}
         for store in STORES:
             if lost := everything - self.data[store].keys():
-                raise Unsafe(f"{store} lacks {len(lost)} acknowledged records and no gap accounts for them: {sorted(lost)[:5]}")
+                raise UnsafeError(
+                    f"{store} lacks {len(lost)} acknowledged records and no gap accounts for them: {sorted(lost)[:5]}"
+                )
 
 
 def simulate(seed: int, chaos_s: float = 900.0, sidecars: int = 3, *, fences: bool = True) -> World:
-    """Run one history; the world as it is at its end. Raises Unsafe with the log of what happened.
+    """Run one history; the world as it is at its end. Raises UnsafeError with the log of what happened.
 
     ``fences=False`` tells the oracle that members were changed to have no fence: then who has joined is at work.
     """
@@ -508,9 +293,9 @@ def simulate(seed: int, chaos_s: float = 900.0, sidecars: int = 3, *, fences: bo
         world = World(loop, seed, sidecars, fences=fences)
         try:
             loop.run_until_complete(world.run(chaos_s))
-        except Unsafe as error:
+        except UnsafeError as error:
             story = "\n".join(world.log[-25:])
-            raise Unsafe(f"seed {seed}, {loop.now:.1f} s: {error}\n{story}") from None
+            raise UnsafeError(f"seed {seed}, {loop.now:.1f} s: {error}\n{story}") from None
         return world
     finally:
         loop.close()

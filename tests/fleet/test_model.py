@@ -1,7 +1,8 @@
 """The protocol, explored exhaustively: its invariants hold, and each of its rules is needed.
 
-Numbers at the time of writing: three instances 5,148 states and 78,000 steps (1 s); two instances with heartbeats, looks
-and settling one by one 117,000 states and 1.2 million steps (8 s).
+Numbers at the time of writing: three instances 5,148 states and 78,000 steps (1 s); two instances with heartbeats,
+looks and settling one by one 117,190 states and 1.2 million steps (5 s). The plain form was also run once for three
+instances: 6,369,012 states, 89 million steps, 7 minutes, no violation.
 """
 
 from collections import deque

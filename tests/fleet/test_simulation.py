@@ -7,7 +7,8 @@ import pytest
 
 from sidecar.fleet import FleetMember, Use, protocol
 from sidecar.fleet import census as census_module
-from tests.fleet.simulation import Unsafe, World, simulate
+from tests.fleet.simulated import UnsafeError
+from tests.fleet.simulation import World, simulate
 
 SEEDS = 320
 CHUNK = 40
@@ -16,7 +17,7 @@ ENOUGH = 60  # seeds within which a mutation must be found
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_no_history_is_unsafe_and_every_fleet_recovers(first: int) -> None:
-    """Crashes, partitions, freezes, clocks and late requests: no unsafe pair at work, no read that misses, nothing lost."""
+    """Crashes, cuts, freezes, clocks, late requests: no unsafe pair at work, no read that misses, nothing lost."""
     seen: Counter[str] = Counter()
     for seed in range(first, first + CHUNK):
         world = simulate(seed)
@@ -89,7 +90,7 @@ def test_a_broken_rule_is_found(name: str, monkeypatch: pytest.MonkeyPatch, caps
     for seed in range(ENOUGH):
         try:
             simulate(seed, fences=fences)
-        except Unsafe as error:
+        except UnsafeError as error:
             with capsys.disabled():
                 print(f"\n{name}: {str(error).splitlines()[0]}")
             return
