@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
@@ -352,11 +353,10 @@ class Spool:
 
     def divergence(self) -> Mapping[tuple[str, str], int]:
         """(present_in, missing_from) -> records of this spool that the one has confirmed and the other is owed."""
-        by_mask = self.ledger.by_mask
-        pairs = self.ledger.frame_pairs.keys() | self.ledger.corrections.keys()
+        frames, corrections = self.ledger.frame_pairs, self.ledger.corrections
         return {
-            (by_mask[a].name, by_mask[b].name): max(0, self.ledger.frame_pairs[a, b] + self.ledger.corrections[a, b])
-            for a, b in pairs
+            (a.name, b.name): max(0, frames[a.mask, b.mask] + corrections[a.mask, b.mask])
+            for a, b in permutations(self.ledger.accounts.values(), 2)
         }
 
     def divergence_oldest_us(self) -> int | None:

@@ -29,6 +29,8 @@ from tests.spool.harness import (
     until,
 )
 
+PRAGMAS = ("journal_mode", "synchronous", "locking_mode", "auto_vacuum", "secure_delete", "page_size")
+
 
 async def test_an_appended_record_is_in_the_file_when_append_returns(tmp_path):
     """A crash right after the answer keeps the record."""
@@ -346,8 +348,7 @@ async def test_pragmas_are_what_the_promise_needs(tmp_path):
     """The settings that every open must make are in force, also at the second open."""
     for _ in range(2):
         async with spool_at(tmp_path) as spool:
-            names = ("journal_mode", "synchronous", "locking_mode", "auto_vacuum", "secure_delete", "page_size")
-            seen = await spool.read(lambda c: [c.execute(f"PRAGMA {n}").fetchone()[0] for n in names])
+            seen = await spool.read(lambda c: [c.execute(f"PRAGMA {n}").fetchone()[0] for n in PRAGMAS])
             assert seen == ["wal", 2, "exclusive", 2, 0, 4096]
             limit = await spool.read(lambda c: c.execute("PRAGMA max_page_count").fetchone()[0])
             assert limit == settings().cap_bytes // 4096

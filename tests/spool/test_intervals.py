@@ -1,5 +1,7 @@
 """The interval set behaves as a set of numbers."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +26,7 @@ def test_intervals_are_a_set_of_numbers(changes):
             model -= set(range(lo, hi + 1))
         pairs = list(intervals)
         assert {n for lo, hi in pairs for n in range(lo, hi + 1)} == model
-        assert all(a[1] + 1 < b[0] for a, b in zip(pairs, pairs[1:], strict=False))
+        assert all(a[1] + 1 < b[0] for a, b in itertools.pairwise(pairs))
     for n in range(75):
         assert intervals.covers(n) == (n in model)
         assert intervals.next_uncovered(n) == next(k for k in range(n, 200) if k not in model)
