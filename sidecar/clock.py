@@ -25,10 +25,13 @@ class SystemClock:
     """The machine's clocks."""
 
     def now_us(self) -> int:
+        """Wall time, microseconds."""
         return time.time_ns() // 1000
 
     def monotonic(self) -> float:
+        """Seconds."""
         return time.monotonic()
 
     async def sleep(self, seconds: float) -> None:
+        """Sleep on the event loop."""
         await asyncio.sleep(seconds)
