@@ -84,6 +84,11 @@ BY_SQLSTATE: Final[Mapping[str, Line]] = MappingProxyType(
 
 BY_TYPE: Final[tuple[tuple[type[Exception], str, Line], ...]] = (
     # Raised by the driver, without an answer of the server; the first line whose type fits counts.
+    (
+        ssl.SSLCertVerificationError,
+        "tls_certificate",
+        Line(_BLOCKED, "the server's certificate was refused"),
+    ),  # a ValueError too
     (asyncpg.ClientConfigurationError, "client_configuration", Line(_BLOCKED)),
     (UnicodeError, "client_encoding", Line(_PERMANENT, "a text that is not valid Unicode")),
     (OverflowError, "client_range", Line(_PERMANENT, "a number or time out of the column's range")),
@@ -91,7 +96,6 @@ BY_TYPE: Final[tuple[tuple[type[Exception], str, Line], ...]] = (
     (asyncpg.InterfaceError, "client_interface", Line(_TRANSIENT, "the connection was not usable")),
     (asyncpg.InternalClientError, "client_protocol", Line(_TRANSIENT, "the connection was not usable")),
     (TimeoutError, "timeout", Line(_TRANSIENT, "no answer in time")),
-    (ssl.SSLCertVerificationError, "tls_certificate", Line(_BLOCKED, "the server's certificate was refused")),
     (ssl.SSLError, "tls", Line(_TRANSIENT, "TLS failed")),
     (ConnectionRefusedError, "connection_refused", Line(_TRANSIENT, "nothing listens there")),
     (OSError, "connection_lost", Line(_TRANSIENT, "the connection failed")),
