@@ -157,14 +157,13 @@ class Intake:
         if screened.refused and not screened.batch:
             self._count(screened.refused)
             raise _alone(screened.refused[0])
-        standing = self._standing()
-        outcome = Outcome(screened.batch, standing.policy, _log_ids(screened), refused=screened.refused)
+        outcome = Outcome(screened.batch, self._standing().policy, _log_ids(screened), refused=screened.refused)
         if not screened.batch:
             outcome.correlation_id = screened.records[0].correlation_id
         if any(screened.contents):
-            receipt = await self._append_known(screened, outcome, standing, strict=strict)
+            receipt = await self._append_known(screened, outcome, strict=strict)
         else:
-            receipt = await self._append(screened, outcome, standing, (), strict=strict)
+            receipt = await self._append(screened, outcome, (), strict=strict)
         if outcome.refused:
             self._count(outcome.refused)
             if outcome.committed:
@@ -188,21 +187,22 @@ class Intake:
             await self._clock.sleep(0)
 
     async def _append(
-        self, screened: Screened, outcome: Outcome, standing: Standing, seen: Sequence[Seen], *, strict: bool
+        self, screened: Screened, outcome: Outcome, seen: Sequence[Seen], *, strict: bool
     ) -> Receipt | None:
         if strict and outcome.refused:
             outcome.committed = False
             return None
         if not screened.records:
             return None
+        # Taken in the tick in which the spool gets the records: a phase change strengthens all that came before it.
+        standing = self._standing()
+        outcome.policy = standing.policy
         obligation = self._obligation(standing)
         receipt = await self._spool.append(screened.records, screened.encoded, obligation, seen)
         self._accepted(standing.policy, len(screened.records))
         return receipt
 
-    async def _append_known(
-        self, screened: Screened, outcome: Outcome, standing: Standing, *, strict: bool
-    ) -> Receipt | None:
+    async def _append_known(self, screened: Screened, outcome: Outcome, *, strict: bool) -> Receipt | None:
         """Append what the dedup window does not know; settles duplicates and conflicts in ``outcome``."""
         ids = [
             None if content is None else bytes.fromhex(record.log_id.replace("-", ""))
@@ -213,7 +213,7 @@ class Intake:
         claim = self.window.claim(fresh)
         try:
             seen = [Seen(log_id, content) for log_id, content in fresh.items()]
-            receipt = await self._append(screened, outcome, standing, seen, strict=strict)
+            receipt = await self._append(screened, outcome, seen, strict=strict)
             if receipt is not None:
                 claim.keep()
         finally:
