@@ -15,6 +15,7 @@ What DynamoDB gives and what it does not:
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from itertools import compress
 from typing import Final
 
 import msgspec
@@ -111,16 +112,17 @@ class DynamoDBStore:
 
     async def write(self, batch: Sequence[LogRecord]) -> WriteResult:
         """One BatchWriteItem; what it did not process is a THROTTLE failure, an item over 400 KB a PERMANENT one."""
-        positions = _positions(batch)
+        _check_batch(batch)
         items = await self._encode(batch)
-        failures = [
-            Failure(index, RetryClass.PERMANENT, _TOO_LARGE, "ItemTooLarge")
-            for index, item in enumerate(items)
-            if not fits(item)
-        ]
-        if failures:
-            oversize = {failure.index for failure in failures}
-            items = [item for index, item in enumerate(items) if index not in oversize]
+        failures: list[Failure] = []
+        if items and len(max(items, key=len)) > MAX_ITEM_BYTES:  # rare: the JSON is longer than what is counted
+            fitting = [fits(item) for item in items]
+            failures = [
+                Failure(index, RetryClass.PERMANENT, _TOO_LARGE, "ItemTooLarge")
+                for index, fine in enumerate(fitting)
+                if not fine
+            ]
+            items = list(compress(items, fitting))
         if not items:
             return WriteResult(failures)
         body = self._batch_head + b'}},{"PutRequest":{"Item":'.join(items) + b"}}]}}"
@@ -133,13 +135,9 @@ class DynamoDBStore:
             result = _batch_answer.decode(answer)
         except msgspec.DecodeError:
             raise errors.unreadable("BatchWriteItem") from None
-        for request in result.unprocessed.get(self._options.table, ()):
-            index = positions.get(request.put.item.log_id.S)
-            if index is None:
-                raise errors.unreadable("BatchWriteItem")
-            failures.append(
-                Failure(index, RetryClass.THROTTLE, "not processed: table or index throttles", errors.UNPROCESSED)
-            )
+        left = result.unprocessed.get(self._options.table)
+        if left:
+            failures += _throttled(batch, [request.put.item.log_id.S for request in left])
         return WriteResult(failures, _consumed(result.consumed))
 
     async def put_if_absent(self, batch: Sequence[LogRecord]) -> Sequence[bool]:
@@ -233,16 +231,23 @@ class DynamoDBStore:
         return True
 
 
-def _positions(batch: Sequence[LogRecord]) -> dict[str, int]:
-    """Index by log_id. The service refuses what is checked here; emulators do not."""
+def _check_batch(batch: Sequence[LogRecord]) -> None:
+    """The service refuses what is checked here; emulators do not."""
     if len(batch) > MAX_BATCH_ITEMS:
         raise errors.error(
             RetryClass.PERMANENT, f"{len(batch)} records in one batch, allowed: {MAX_BATCH_ITEMS}", "BatchTooLarge"
         )
-    positions = {record.log_id: index for index, record in enumerate(batch)}
-    if len(positions) != len(batch):
+    if len({record.log_id for record in batch}) != len(batch):
         raise errors.error(RetryClass.PERMANENT, "one log_id twice in a batch", "DuplicateKey")
-    return positions
+
+
+def _throttled(batch: Sequence[LogRecord], left: Sequence[str]) -> list[Failure]:
+    """A failure for each id that the service did not process."""
+    positions = {record.log_id: index for index, record in enumerate(batch)}
+    if not positions.keys() >= set(left):
+        raise errors.unreadable("BatchWriteItem")
+    reason = "not processed: table or index throttles"
+    return [Failure(positions[log_id], RetryClass.THROTTLE, reason, errors.UNPROCESSED) for log_id in left]
 
 
 def _consumed(reported: Sequence[_Capacity]) -> tuple[tuple[str, float], ...]:
