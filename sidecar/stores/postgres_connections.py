@@ -19,6 +19,7 @@ even its context.
 """
 
 import asyncio
+import ipaddress
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -301,4 +302,9 @@ def _tls(options: Postgres) -> ssl.SSLContext | bool:
 
 
 def _on_this_machine(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith(("/", "127."))
+    if host == "localhost" or host.startswith("/"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name, which may lead anywhere
