@@ -16,7 +16,7 @@ postgres:
   {{host: {pg.host}, port: {port}, database: {pg.database}, user: {pg.user}, password: '{password}', sslmode: disable}}
 dynamodb: {{table: {ddb.table}, fleet_table: {ddb.fleet_table}, region: {ddb.region}, endpoint_url: '{url}'}}
 listen: {{app: '127.0.0.1:${{APP_PORT}}', ops: '127.0.0.1:${{OPS_PORT}}'}}
-spool: {{directory: '${{SPOOL}}', cap_bytes: 16MiB, ballast_bytes: 1MiB, allow_volatile: true}}
+spool: {{directory: '${{SPOOL}}', cap_bytes: 16MiB, ballast_bytes: 1MiB}}
 retry: {{delay: 100ms, max_delay: 500ms, probe_interval: 500ms}}
 reload: {{poll: 200ms}}
 drain: {{timeout: 8s, stop_accepting_before: 2s}}

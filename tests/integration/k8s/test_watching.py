@@ -1,0 +1,98 @@
+"""A real Prometheus watches real sidecars through faults: every panel has data, every alert fires and clears."""
+
+import asyncio
+import os
+import re
+import sys
+
+import pytest
+
+from k8s.monitoring import alerts, panels
+from k8s.monitoring.promql import Scale
+from sidecar import settings
+from tests.integration.k8s.kubelet import Pod, config
+from tests.integration.k8s.test_monitoring import PLANNED, metrics_named
+from tests.integration.k8s.tools import ROOT, run, tool
+from tests.integration.k8s.watching import SCRIPT, Recording, save, watched
+from tests.parts.postgres import connect
+
+pytestmark = pytest.mark.timeout(360)  # the run is the fixture of whichever test comes first
+
+# Alerts that no fault from outside can raise: each tells of a bug. promtool covers them.
+BUGS = {"SidecarIdentityBroken", "SidecarShipperRestarted"}
+
+
+def planned_alerts() -> set[str]:
+    """Alerts about metrics of parts that are not built yet."""
+    return {alert.name for alert in alerts.alerts(Scale()) if metrics_named(alert.expr) & PLANNED}
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory, postgres_server, dynamodb_server) -> Recording:
+    """The one run of this module, on tables that ``sidecar init-stores`` made."""
+    base = tmp_path_factory.mktemp("watching")
+    asyncio.run(_database(postgres_server))
+    pg = postgres_server.settings("watching")
+    ddb = settings.DynamoDB(
+        table="watching", fleet_table="watching_fleet", region="eu-central-1", endpoint_url=dynamodb_server
+    )
+    pod = Pod(base / "init")
+    pod.apply(config("dual_write", pg, ddb))
+    init = [sys.executable, "-m", "sidecar", "init-stores", "--config", str(pod.volume.directory / "config.yaml")]
+    run(init, env={**os.environ, **pod.environ}, cwd=ROOT)
+    return asyncio.run(watched(base, pg, ddb))
+
+
+async def _database(server) -> None:
+    connection = await connect(server.settings())
+    try:
+        await connection.execute("CREATE DATABASE watching STRATEGY = file_copy")
+    finally:
+        await connection.close(timeout=5)
+
+
+@pytest.mark.parametrize("alert", sorted(set().union(*(names for _, names in SCRIPT))))
+def test_an_alert_fires_in_its_fault_and_clears_after_it(recording: Recording, alert: str):
+    """Live, with the durations shortened by the generator that writes the real ones."""
+    assert alert in recording.fired, recording.script[alert]
+    assert alert in recording.cleared, recording.script[alert]
+
+
+def test_every_alert_is_in_the_script_or_cannot_be_and_says_why():
+    """An alert that comes to have its metric must come to have its fault."""
+    scripted = set().union(*(names for _, names in SCRIPT))
+    assert scripted | planned_alerts() | BUGS == {alert.name for alert in alerts.alerts(Scale())}
+    assert not scripted & (planned_alerts() | BUGS)
+
+
+def test_no_alert_fires_while_nothing_is_wrong(recording: Recording):
+    """Before the first fault and after the last."""
+    assert recording.false_alarms == set()
+
+
+@pytest.mark.parametrize("title", sorted({title for title, _ in panels.queries()}))
+def test_every_expression_of_a_panel_returns_data(recording: Recording, title: str):
+    """On a real Prometheus, over the run; those of parts that are not built yet return none, and are named."""
+    for name, query in panels.queries():
+        if name == title:
+            planned = bool(metrics_named(query.expr) & PLANNED)
+            assert bool(recording.answers[query.expr]) is not planned, query.expr
+
+
+def test_the_identity_holds_at_every_scrape_of_every_fault(recording: Recording):
+    """Owed = delivered + pending + dead + released + discarded + quarantined, always."""
+    assert recording.identity
+    values = {float(value) for series in recording.identity for _, value in series["values"]}
+    assert values == {0.0}
+    assert "SidecarIdentityBroken" not in recording.fired
+
+
+def test_promtool_finds_nothing_in_the_metrics(recording: Recording):
+    """Names, units, help and types as the field's conventions want them."""
+    assert run([tool("promtool"), "check", "metrics"], input=recording.metrics_text) == ""
+    assert len(re.findall(r"^# TYPE sidecar_", recording.metrics_text, re.MULTILINE)) > 30
+
+
+def test_the_run_is_kept_for_the_picture(recording: Recording):
+    """What the panels showed can be drawn."""
+    save(recording, ROOT / ".run" / "recorded-run.json")

@@ -1,0 +1,393 @@
+"""A real Prometheus on three real sidecars, a script of faults, and what was seen: one run, recorded once.
+
+Every duration of the rules is shortened by the generator that writes them; the durations of production are covered by
+promtool in test_monitoring. The faults are made from outside, as life makes them.
+"""
+
+import asyncio
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import yaml
+
+from k8s.monitoring import panels
+from k8s.monitoring.__main__ import rule_file
+from k8s.monitoring.promql import Scale
+from tests.integration.k8s.kubelet import Pod, config, flip_a_bit
+from tests.integration.k8s.tools import tool
+from tests.parts.fault_proxy import FaultProxy, Refuse, Reset
+from tests.parts.sidecar import eventually, free_port
+from tests.parts.tcp_proxy import TcpProxy
+
+SCALE = Scale(1 / 300, shortest_window=6)
+STRACE = ("-f", "-qq", "-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:delay_exit=400000")
+
+
+@dataclass
+class Recording:
+    """What the run showed."""
+
+    fired: set[str] = field(default_factory=set)
+    cleared: set[str] = field(default_factory=set)
+    false_alarms: set[str] = field(default_factory=set)  # while nothing was wrong
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # each panel's expression -> its series
+    identity: list[dict[str, Any]] = field(default_factory=list)
+    metrics_text: str = ""
+    script: dict[str, str] = field(default_factory=dict)  # alert -> the fault that it was expected in
+
+
+class Prometheus:
+    """A server of its own that scrapes the pods once a second."""
+
+    def __init__(self, directory: Path, pods: list[Pod]) -> None:
+        self.directory = directory
+        self.url = f"http://127.0.0.1:{free_port()}"
+        directory.mkdir()
+        (directory / "rules.yaml").write_text(rule_file(SCALE))
+        targets = [
+            {"targets": [f"127.0.0.1:{pod.ops_port}"], "labels": {"namespace": "n", "app": "a", "pod": f"a-{n}"}}
+            for n, pod in enumerate(pods)
+        ]
+        (directory / "prometheus.yml").write_text(
+            yaml.safe_dump(
+                {
+                    "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+                    "rule_files": ["rules.yaml"],
+                    "scrape_configs": [{"job_name": "hybrid-log-sidecar", "static_configs": targets}],
+                }
+            )
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
+        """Start it and wait until it answers."""
+        with (self.directory / "prometheus.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    tool("prometheus"),
+                    f"--config.file={self.directory}/prometheus.yml",
+                    f"--storage.tsdb.path={self.directory}/data",
+                    f"--web.listen-address={self.url.removeprefix('http://')}",
+                ],
+                stdout=log,
+                stderr=log,
+            )
+        self._session = aiohttp.ClientSession()
+
+        async def up() -> bool:
+            with suppress(aiohttp.ClientError):
+                return len(await self.ask("up == 1")) == 3
+            return False
+
+        await eventually(up, what="three targets scraped")
+
+    async def stop(self) -> None:
+        """End it."""
+        if self._session:
+            await self._session.close()
+        if self.process:
+            self.process.terminate()
+            await asyncio.to_thread(self.process.wait, 20)
+
+    async def ask(self, expression: str, **more: Any) -> list[dict[str, Any]]:
+        """The result of an expression now, or over a range where ``start`` and ``end`` are given."""
+        assert self._session
+        path = "query_range" if "start" in more else "query"
+        async with self._session.get(f"{self.url}/api/v1/{path}", params={"query": expression, **more}) as answer:
+            body = await answer.json()
+        assert body["status"] == "success", (expression, body)
+        return list(body["data"]["result"])
+
+    async def firing(self) -> set[str]:
+        """The names of the alerts that fire now."""
+        return {r["metric"]["alertname"] for r in await self.ask('ALERTS{alertstate="firing"}')}
+
+
+class Watch:
+    """The run: pods, stores, faults, and Prometheus."""
+
+    def __init__(self, base: Path, pg: Any, ddb: Any, pg_proxy: TcpProxy, ddb_proxy: FaultProxy) -> None:
+        self.pg, self.ddb, self.pg_proxy, self.ddb_proxy = pg, ddb, pg_proxy, ddb_proxy
+        self.pods = [Pod(base / f"pod-{n}") for n in range(3)]
+        self.prometheus = Prometheus(base / "prometheus", self.pods)
+        self.recording = Recording()
+        self._session: aiohttp.ClientSession
+        self._load: list[asyncio.Task[None]] = []
+
+    def config(self, phase: str = "dual_write", more: str = "") -> str:
+        """The configuration of all pods, leading through the proxies."""
+        return config(phase, self.pg, self.ddb, port=self.pg_proxy.port, url=self.ddb_proxy.url, more=more)
+
+    async def run(self) -> Recording:
+        """The whole script."""
+        began = time.time()
+        async with aiohttp.ClientSession() as self._session:
+            try:
+                for pod in self.pods:
+                    pod.apply(self.config())
+                await asyncio.gather(*(pod.start() for pod in self.pods))
+                await self.prometheus.start()
+                self._load = [asyncio.create_task(self._light_load(pod)) for pod in self.pods]
+                await self._quiet()
+                for fault, alerts in SCRIPT:
+                    await self._play(fault, alerts)
+                await self._quiet()
+                await self._read_everything(began, time.time())
+            finally:
+                for task in self._load:
+                    task.cancel()
+                await asyncio.gather(*self._load, return_exceptions=True)
+                await self.prometheus.stop()
+                for pod in self.pods:
+                    pod.close()
+        return self.recording
+
+    async def _light_load(self, pod: Pod) -> None:
+        """An application that writes a little and reads nothing; it bears a sidecar that is away."""
+        while True:
+            records = [{"service_name": "light", "request_data": "x" * 200} for _ in range(5)]
+            with suppress(aiohttp.ClientError, TimeoutError):
+                await self.post(pod, records)
+            await asyncio.sleep(0.25)
+
+    async def post(self, pod: Pod, body: Any) -> int:
+        """The status of one POST."""
+        wait = aiohttp.ClientTimeout(total=10)
+        async with self._session.post(f"{pod.url}/logs", json=body, timeout=wait) as answer:
+            await answer.read()
+            return answer.status
+
+    async def _quiet(self) -> None:
+        """Some seconds in which nothing is wrong: whatever fires then is a false alarm."""
+        await eventually(self._silent, seconds=40, what="no alert before the quiet seconds")
+        for _ in range(6):
+            await asyncio.sleep(1)
+            self.recording.false_alarms |= await self.prometheus.firing()
+
+    async def _silent(self) -> bool:
+        return not await self.prometheus.firing()
+
+    async def _play(self, fault: Callable[["Watch"], Any], alerts: set[str]) -> None:
+        """One fault: its alerts fire while it lasts and are silent after it."""
+        name = fault.__name__.strip("_")
+        self.recording.script |= dict.fromkeys(alerts, name)
+        seen: set[str] = set()
+
+        async def all_fired() -> bool:
+            seen.update(await self.prometheus.firing())
+            return alerts <= seen
+
+        async def all_silent() -> bool:
+            return not alerts & await self.prometheus.firing()
+
+        async with fault(self):
+            with suppress(AssertionError):  # what did not fire is in the recording, and fails its own test
+                await eventually(all_fired, seconds=25, every=0.2, what=f"{name}: {alerts}")
+        self.recording.fired |= seen
+        with suppress(AssertionError):
+            await eventually(all_silent, seconds=40, every=0.2, what=f"{name} over: {alerts}")
+            self.recording.cleared |= alerts & seen
+
+    async def _read_everything(self, began: float, ended: float) -> None:
+        """Every panel's expression over the whole run, the identity at every scrape, and one page of metrics."""
+        span = {"start": f"{began:.3f}", "end": f"{ended:.3f}", "step": "1"}
+        for title, query in panels.queries():
+            expression = query.expr
+            for name in ("namespace", "app", "pod"):
+                expression = expression.replace(f"${name}", ".*")
+            expression = expression.replace(panels.RATE, "6s")
+            answer = await self.prometheus.ask(expression, **span)
+            self.recording.answers[query.expr] = answer
+            if title == "Identity":
+                self.recording.identity = answer
+        async with self._session.get(f"{self.pods[0].ops}/metrics") as answer_:
+            self.recording.metrics_text = await answer_.text()
+
+
+@asynccontextmanager
+async def _dynamodb_is_down(w: Watch) -> AsyncIterator[None]:
+    w.ddb_proxy.on("*", Reset())
+    for n in range(12):
+        assert await w.post(w.pods[n % 3], [{"service_name": "s"}] * 1000) == 202
+    yield
+    w.ddb_proxy.clear()
+
+
+@asynccontextmanager
+async def _dynamodb_throttles(w: Watch) -> AsyncIterator[None]:
+    w.ddb_proxy.on("BatchWriteItem", Refuse(400, "ProvisionedThroughputExceededException"))
+    yield
+    w.ddb_proxy.clear()
+
+
+@asynccontextmanager
+async def _the_table_is_gone(w: Watch) -> AsyncIterator[None]:
+    await _sql(w, f'ALTER TABLE "{w.pg.table}" RENAME TO away')
+    yield
+    await _sql(w, f'ALTER TABLE away RENAME TO "{w.pg.table}"')
+
+
+@asynccontextmanager
+async def _a_record_breaks_a_constraint(w: Watch) -> AsyncIterator[None]:
+    await _sql(w, f'ALTER TABLE "{w.pg.table}" ADD CONSTRAINT no_599 CHECK (status_code <> 599)')
+    assert await w.post(w.pods[2], [{"service_name": "s", "status_code": 599}, *[{"service_name": "s"}] * 20]) == 202
+    yield
+    await _sql(w, f'ALTER TABLE "{w.pg.table}" DROP CONSTRAINT no_599')
+    await _replaced(w, w.pods[2])
+
+
+@asynccontextmanager
+async def _the_application_sends_nonsense(w: Watch) -> AsyncIterator[None]:
+    assert await w.post(w.pods[0], {"service_name": ""}) == 422
+    yield
+
+
+@asynccontextmanager
+async def _the_configuration_is_garbage(w: Watch) -> AsyncIterator[None]:
+    w.pods[0].apply("phase: [")
+    yield
+    w.pods[0].apply(w.config())
+
+
+@asynccontextmanager
+async def _one_pod_has_not_seen_the_change(w: Watch) -> AsyncIterator[None]:
+    for pod in w.pods[1:]:
+        pod.apply(w.config("dual_write_read_dynamo"))
+    yield
+    for pod in w.pods:
+        pod.apply(w.config())
+
+
+@asynccontextmanager
+async def _two_steps_at_once_are_asked_for(w: Watch) -> AsyncIterator[None]:
+    for pod in w.pods:
+        pod.apply(w.config("dynamo_only"))
+    yield
+    for pod in w.pods:
+        pod.apply(w.config())
+
+
+@asynccontextmanager
+async def _one_pod_is_forced_two_steps_ahead(w: Watch) -> AsyncIterator[None]:
+    w.pods[2].apply(w.config("dynamo_only", "phase_force: a scripted fault"))
+    yield
+    w.pods[2].apply(w.config("dual_write", "phase_force: back from a scripted fault"))
+    await eventually(lambda: _in_phase(w.pods[2], "dual_write"), what="back in dual_write")
+    w.pods[2].apply(w.config())
+
+
+async def _in_phase(pod: Pod, phase: str) -> bool:
+    return bool((await pod.json("/status"))["phase"]["applied"] == phase)
+
+
+@asynccontextmanager
+async def _a_container_is_killed(w: Watch) -> AsyncIterator[None]:
+    w.pods[0].kill()
+    yield
+    await w.pods[0].start()
+
+
+@asynccontextmanager
+async def _the_disk_flips_a_bit(w: Watch) -> AsyncIterator[None]:
+    w.ddb_proxy.on("*", Reset())
+    for _ in range(20):
+        await w.post(w.pods[1], [{"service_name": "s", "request_data": "y" * 500}] * 20)
+    w.pods[1].kill()
+    (log,) = w.pods[1].spool.glob("*-wal")
+    flip_a_bit(log, 0.5)
+    await w.pods[1].start()
+    yield
+    w.ddb_proxy.clear()
+
+
+@asynccontextmanager
+async def _both_stores_are_down_until_the_spool_is_full(w: Watch) -> AsyncIterator[None]:
+    await w.pg_proxy.refuse()
+    w.ddb_proxy.on("*", Reset())
+
+    async def fill() -> None:
+        while await w.post(w.pods[2], [{"service_name": "big", "request_data": "z" * 50_000}] * 10) == 202:
+            await asyncio.sleep(0.4)
+
+    filling = asyncio.create_task(fill())
+    yield
+    filling.cancel()
+    await asyncio.gather(filling, return_exceptions=True)
+    await w.pg_proxy.normal()
+    w.ddb_proxy.clear()
+
+
+@asynccontextmanager
+async def _the_disk_is_slow(w: Watch) -> AsyncIterator[None]:
+    assert w.pods[0].process
+    strace = subprocess.Popen(
+        [tool("strace"), *STRACE, "-p", str(w.pods[0].process.pid)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    yield
+    strace.terminate()
+    await asyncio.to_thread(strace.wait, 10)
+
+
+async def _sql(w: Watch, statement: str) -> None:
+    """As the owner of the tables, beside the sidecars."""
+    password = w.pg.password.reveal() if w.pg.password else None
+    connection = await asyncpg.connect(
+        host=w.pg.host, port=w.pg.port, user=w.pg.user, password=password, database=w.pg.database, ssl=False
+    )
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close(timeout=5)
+
+
+async def _replaced(w: Watch, pod: Pod) -> None:
+    """The pod is deleted when it has drained, and a new one comes with an empty volume."""
+    await pod.drained()
+    pod.terminate()
+    await pod.exit_code()
+    shutil.rmtree(pod.spool)
+    await pod.start()
+
+
+SCRIPT: tuple[tuple[Callable[[Watch], Any], set[str]], ...] = (
+    (_dynamodb_is_down, {"SidecarPendingAge", "SidecarDivergenceAge", "SidecarDivergenceCount"}),
+    (_dynamodb_throttles, {"SidecarThrottled"}),
+    (_the_table_is_gone, {"SidecarStoreBlocked"}),
+    (_a_record_breaks_a_constraint, {"SidecarDeadLetters"}),
+    (_the_application_sends_nonsense, {"SidecarRecordsRefused"}),
+    (_the_configuration_is_garbage, {"SidecarReloadFailed"}),
+    (_one_pod_has_not_seen_the_change, {"SidecarMixedPhases", "SidecarConfigDiffers"}),
+    (_two_steps_at_once_are_asked_for, {"SidecarPhaseHeld"}),
+    (_one_pod_is_forced_two_steps_ahead, {"SidecarUnsafePhases", "SidecarForcedTransition"}),
+    (_a_container_is_killed, {"SidecarDown"}),
+    (_the_disk_flips_a_bit, {"SidecarSpoolDamaged"}),
+    (
+        _both_stores_are_down_until_the_spool_is_full,
+        {"SidecarSpoolFullSoon", "SidecarSpoolNearCap", "SidecarBackPressure"},
+    ),
+    (_the_disk_is_slow, {"SidecarSlowCommits"}),
+)
+
+
+def save(recording: Recording, path: Path) -> None:
+    """For the picture in the docs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(recording.answers))
+
+
+async def watched(base: Path, pg: Any, ddb: Any) -> Recording:
+    """One run against these stores, whose tables exist."""
+    async with TcpProxy(pg.host, pg.port) as pg_proxy, FaultProxy(ddb.endpoint_url) as ddb_proxy:
+        return await Watch(base, pg, ddb, pg_proxy, ddb_proxy).run()
