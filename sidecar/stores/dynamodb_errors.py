@@ -151,6 +151,7 @@ EXCEPTIONS: Final[tuple[tuple[type[BaseException], Verdict], ...]] = (
     (botocore.exceptions.ParamValidationError, Verdict(_PERMANENT, "refused by the client's validation")),
     (botocore.exceptions.WaiterError, Verdict(_TRANSIENT, "waited too long")),
     (botocore.exceptions.BotoCoreError, Verdict(_BLOCKED, "the AWS client cannot be set up")),
+    (FileNotFoundError, Verdict(_BLOCKED, "a file that the AWS configuration names does not exist")),
     (OSError, Verdict(_TRANSIENT, "the connection failed")),
 )
 """Exception type to verdict, in order."""

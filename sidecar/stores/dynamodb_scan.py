@@ -1,8 +1,8 @@
 """Enumeration of records by time, whatever their service: counts, and the ordered scan of a validation.
 
 There is no registry of services: the ``service`` index holds every record, so a parallel Scan of it, filtered by the
-sort key, finds all. What that costs: the *whole* index is read whatever the range, about 0.3 KB and so 0.04 read units
-per record in the table (a million records: 300 MB, 37,500 units, some seconds), a sixth of reading the items.
+sort key, finds all. What that costs: the *whole* index is read whatever the range, about 0.2 KB and so 0.03 read units
+per record in the table (a million records: 220 MB, 27,000 units, some seconds).
 
 ``scan`` answers ascending by (time, id), but a Scan has no order: the entries of the range are sorted here. MEMORY is
 bounded: ``RUN_ENTRIES`` at a time are sorted and written to an anonymous temporary file (TMPDIR), ``MERGE_RUNS`` files

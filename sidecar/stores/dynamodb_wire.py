@@ -15,6 +15,7 @@ the caller hands over the body as bytes, ``SigV4`` signs it, a small aiohttp ses
 import asyncio
 import hashlib
 import hmac
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ import aiohttp
 from botocore.config import Config
 from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import NoCredentialsError
+from botocore.httpsession import get_cert_path
 from botocore.loaders import Loader, create_loader
 from yarl import URL
 
@@ -195,7 +197,7 @@ class Wire:
                     self._region = client.meta.region_name
                 total = self._options.connect_timeout + self._options.read_timeout
                 self._http = aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+                    connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=_tls(self._url)),
                     auto_decompress=False,
                     cookie_jar=aiohttp.DummyCookieJar(),
                     skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
@@ -236,6 +238,14 @@ def _proxy(url: URL) -> str | None:
     """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY name, looked up once: aiohttp would do it at every call."""
     host = url.host_port_subcomponent or ""
     return None if proxy_bypass(host) else getproxies_environment().get(url.scheme)
+
+
+def _tls(url: URL) -> ssl.SSLContext | bool:
+    """Trust what the control plane trusts: AWS_CA_BUNDLE (or the profile's ca_bundle), else botocore's own bundle."""
+    if url.scheme != "https":
+        return True
+    given = aiobotocore.session.get_session().get_config_variable("ca_bundle")
+    return ssl.create_default_context(cafile=given or get_cert_path(True))
 
 
 def _new_session() -> aioboto3.Session:

@@ -15,6 +15,7 @@ or keys passed on; ``bodies`` keeps the last requests as ``(operation, body)``.
 
 import asyncio
 import json
+import ssl
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,7 +101,8 @@ Fault = Refuse | Raw | Delay | Hang | Reset | LoseReply | CutReply | DamageReply
 class FaultProxy:
     """See the module."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, *, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.url = ""
         self.calls: Counter[str] = Counter()
         self.items: Counter[str] = Counter()
@@ -144,9 +146,10 @@ class FaultProxy:
         self._client = aiohttp.ClientSession(auto_decompress=False)
         self._runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._tls)
         await site.start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        scheme = "http" if self._tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self._runner.addresses[0][1]}"
         return self
 
     async def __aexit__(

@@ -161,7 +161,7 @@ DRIVER = {
         *(aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError, aiohttp.InvalidURL),
         *(aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError, aws.ProfileNotFound),
         *(aws.ConfigNotFound, aws.NoRegionError, aws.SSLError, aws.UnauthorizedSSOTokenError, aws.SSOTokenLoadError),
-        *(aws.InvalidConfigError, aws.UnknownServiceError),
+        *(aws.InvalidConfigError, aws.UnknownServiceError, FileNotFoundError),
     ),
     TRANSIENT: (
         *(aiohttp.ConnectionTimeoutError, aiohttp.ServerTimeoutError, aiohttp.ServerDisconnectedError, TimeoutError),

@@ -2,8 +2,10 @@
 
 import asyncio
 import configparser
+import ssl
 from collections.abc import AsyncIterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,6 +14,10 @@ import pytest
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import ReadOnlyCredentials
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -168,6 +174,50 @@ async def test_a_proxy_of_the_environment_is_used(
     await store.ping()
     assert dynamodb_proxy.calls["PutItem"] == 1
     await store.close()
+
+
+def self_signed(directory: Path) -> tuple[ssl.SSLContext, Path]:
+    """A server's TLS for 127.0.0.1 and the file to trust it by."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    trusted, secret = directory / "certificate.pem", directory / "key.pem"
+    trusted.write_bytes(certificate.public_bytes(Encoding.PEM))
+    secret.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(trusted, secret)
+    return context, trusted
+
+
+async def test_tls_trusts_the_bundle_of_the_aws_configuration_and_nobody_else(
+    dynamodb_store: DynamoDBStore,
+    dynamodb_settings: settings.DynamoDB,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """An unknown certificate blocks; AWS_CA_BUNDLE mends it, for the data plane as for the control plane."""
+    context, trusted = self_signed(tmp_path)
+    async with FaultProxy(dynamodb_settings.endpoint_url or "", tls=context) as proxy:
+        options = msgspec.structs.replace(dynamodb_settings, endpoint_url=proxy.url)
+        store = DynamoDBStore(options, clock=SystemClock())
+        with pytest.raises(StoreError) as caught:
+            await store.ping()
+        assert caught.value.retry_class is RetryClass.BLOCKED
+        assert proxy.calls.total() == 0
+        await store.close()
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(trusted))
+        store = DynamoDBStore(options, clock=SystemClock())
+        value = record()
+        await store.write([value])
+        assert await store.get(value.log_id) == value
+        await store.close()
 
 
 class TestBrokenConnections:
