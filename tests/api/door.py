@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class Door:
         self, body: bytes | object, headers: Mapping[str, str] | None = None, query: str = ""
     ) -> tuple[int, dict[str, object], Mapping[str, str]]:
         """POST /logs; the status, the body as JSON, the headers."""
-        data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        data = io.BytesIO(body if isinstance(body, bytes) else msgspec.json.encode(body))
         async with self.client.post(
             f"{self.listener.url}/logs{query}", data=data, headers={**JSON, **(headers or {})}
         ) as r:
