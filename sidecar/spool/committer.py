@@ -146,12 +146,15 @@ class Committer:
         self._stats_at = 0.0
         self._commit_seconds = 0.0
         self._dead = False
+        self.error: SpoolFailed | None = None
         self._lock = threading.Lock()  # between the last look at the queue and a late submit
 
     # --- the loop's side -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread; what it finds by itself goes to the running loop, else to that of the first work."""
+        with contextlib.suppress(RuntimeError):
+            self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def measure(self) -> Stats:
@@ -188,6 +191,7 @@ class Committer:
         error.__cause__ = cause
         with self._lock:
             self._dead = True
+            self.error = error
             late = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
         waiting = [*self._stuck, *self._hands, *late]
 
@@ -412,7 +416,8 @@ class Committer:
         (free,) = self._connection.execute("PRAGMA freelist_count").fetchone()
         if free > _KEPT_FREE_PAGES:
             while free > _KEPT_FREE_PAGES and not self._queue.qsize():
-                self._connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+                # executescript steps to the end; execute() stops after the first page, as there are no columns
+                self._connection.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
                 free -= _VACUUM_PAGES
                 self._wal_pages += _VACUUM_PAGES
                 self._checkpoint_if_due()

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sidecar.clock import Clock
+from sidecar.errors import SpoolRefused
 from sidecar.record import encode
 from sidecar.settings import Spool as SpoolSettings
 from sidecar.spool import disk, framing, progress, salvage, schema, wal
@@ -94,6 +95,8 @@ def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine)
     if (directory / disk.REPAIR).exists():
         found.repair = True
         quarantine.move(disk.REPAIR)
+    if there and not found.repair:
+        found.repair = not _is_ours(database, last)
     if log.exists():
         found.log = wal.walk(log.read_bytes())
         _judge(found, found.log, database, there=there)
@@ -108,6 +111,36 @@ def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine)
         found.lower_bound = True
         found.messages.append(f"spool: {disk.DATABASE} is missing or empty, though records were accepted before")
     return found
+
+
+def _is_ours(database: Path, last: disk.Mark | None) -> bool:
+    """True for a spool of this version, False for a damaged one of ours; before anything is touched.
+
+    Raises:
+        SpoolRefused: a newer sidecar's, or somebody else's.
+    """
+    with database.open("rb") as file:
+        header = file.read(100)
+    magic, application, version = (
+        header[:16],
+        int.from_bytes(header[68:72], "big"),
+        int.from_bytes(header[60:64], "big"),
+    )
+    ours = application == schema.APPLICATION_ID
+    unborn = application == version == 0 and database.stat().st_size <= schema.PAGE  # killed while it was created
+    if magic == b"SQLite format 3\0" and (ours or unborn):
+        if version > schema.VERSION:
+            raise SpoolRefused(
+                f"spool.directory: {database} has schema version {version}, this sidecar knows {schema.VERSION};"
+                f" start the newer sidecar, or drain the spool with it (if the file is damaged: touch {disk.REPAIR})"
+            )
+        return True
+    if last is None:
+        raise SpoolRefused(
+            f"spool.directory: {database} is not a spool (application_id {application:#x});"
+            " point spool.directory elsewhere or move the file aside"
+        )
+    return False  # position says that it was one
 
 
 def _judge(found: Findings, log: wal.Walk, database: Path, *, there: bool) -> None:

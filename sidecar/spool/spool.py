@@ -173,7 +173,8 @@ class Spool:
 
     def _submit(self, work: Append | Write | Read | Stop, loop: asyncio.AbstractEventLoop) -> None:
         if not self._committer.submit(work, loop):
-            raise self._failed or SpoolFailed("the spool is closed")
+            self._broken(self._committer.error or SpoolFailed("the spool is closed"))
+            self.check()
 
     async def read(self, run: Callable[[sqlite3.Connection], _T]) -> _T:
         """Run a query in the database thread, after all writes asked for so far."""
