@@ -17,11 +17,9 @@ not hold up the other. A crash forgets everything: the next incarnation joins an
 import asyncio
 import math
 import random
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 from sidecar.clock import Clock
 from sidecar.errors import Busy, SidecarError, SpoolFailed, StoreError
@@ -64,15 +62,22 @@ class Identity:
 
 
 class Use:
-    """One request's hold on the policy that it began with."""
+    """One request's hold on the policy that it began with; a context manager, entered at once."""
 
-    __slots__ = ("_lapses", "_member", "epoch", "policy")
+    __slots__ = ("_member", "epoch", "lapses", "policy")
 
     def __init__(self, member: "FleetMember", policy: Policy | None, epoch: int, lapses: int) -> None:
         self.policy = policy  # None: fenced; stamp ``unresolved``
         self.epoch = epoch
+        self.lapses = lapses  # of the member, when this began
         self._member = member
-        self._lapses = lapses
+
+    def __enter__(self) -> Self:
+        self._member.begin(self)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._member.end(self)
 
     @property
     def valid(self) -> bool:
@@ -81,7 +86,7 @@ class Use:
         Look after the commit and before the acknowledgement. If False, the records that were stamped with ``policy``
         must be made ``unresolved`` first.
         """
-        return self.policy is None or (not self._member.fenced and self._lapses == self._member.lapses)
+        return self.policy is None or (not self._member.fenced and self.lapses == self._member.lapses)
 
     def confirm(self) -> Policy:
         """For reads: the policy, if the answer may be given now.
@@ -142,7 +147,7 @@ class FleetMember:
         self._due = False  # on_applied has to be called
         self._busy = False  # on_applied is being called
         self._seq = 0
-        self._uses: Counter[tuple[int, int]] = Counter()  # by (epoch, lapses) at the beginning
+        self._uses: dict[tuple[int, int], int] = {}  # by (epoch, lapses) at the beginning
         self._published: dict[StoreName, int] = {}  # the epoch that the last heartbeat there claimed
 
     @property
@@ -168,22 +173,28 @@ class FleetMember:
         """Stores whose backlog may be released now: none while fenced, none that is being prepared."""
         return frozenset() if self.fenced or self.applied is None else protocol.releasable(self.applied)
 
-    @contextmanager
-    def use(self) -> Iterator[Use]:
+    def use(self) -> Use:
         """Hold the policy in force: from the stamp to the commit, from the question to the answer."""
         policy = self.policy
-        epoch = NO_EPOCH if policy is None or self.applied is None else self.applied.epoch
-        key = epoch, self.lapses
-        self._uses[key] += 1
-        use = Use(self, policy, epoch, self.lapses)
-        try:
-            yield use
-        finally:
-            self._uses[key] -= 1
-            if not self._uses[key]:
-                del self._uses[key]
-            if not use.valid:
-                self._due = True  # it may have left unresolved records behind
+        return Use(
+            self, policy, NO_EPOCH if policy is None or self.applied is None else self.applied.epoch, self.lapses
+        )
+
+    def begin(self, use: Use) -> None:
+        """Count a use; called by the use itself."""
+        key = use.epoch, use.lapses
+        self._uses[key] = self._uses.get(key, 0) + 1
+
+    def end(self, use: Use) -> None:
+        """Count it out; called by the use itself."""
+        key = use.epoch, use.lapses
+        left = self._uses[key] - 1
+        if left:
+            self._uses[key] = left
+        else:
+            del self._uses[key]
+        if not use.valid:
+            self._due = True  # it may have left unresolved records behind
 
     async def round(self, store: StoreName) -> None:
         """One exchange with one store: heartbeat, then record. Never raises StoreError; see ``trouble``.

@@ -34,6 +34,7 @@ rule that the invariants break without it.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
 import msgspec
@@ -94,6 +95,7 @@ def policy_of(record: FleetRecord) -> Policy:
     return _policy(record.phase, record.preparing)
 
 
+@cache
 def _policy(phase: Phase, preparing: Phase | None) -> Policy:
     row = TABLE[phase]
     if preparing is None:
