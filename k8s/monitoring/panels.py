@@ -155,9 +155,8 @@ ROWS: Final[tuple[Row, ...]] = (
             ),
             Panel(
                 "Refused at the door",
-                "By reason. The application sent something that both stores could not hold.",
-                (Query(_rate("sidecar_records_refused_total", "reason"), "{{reason}}"),),
-                "cps",
+                "By reason, since each container's start. The application sent something that both stores cannot hold.",
+                (Query(_gauge("sidecar_records_refused_total", "reason"), "{{reason}}"),),
             ),
             Panel(
                 "Push-back",
@@ -348,10 +347,10 @@ ROWS: Final[tuple[Row, ...]] = (
             ),
             Panel(
                 "Phase changes",
-                "Steps made within the window, and whether they were forced past the gates.",
+                "Steps made since each container's start, and whether they were forced past the gates.",
                 (
                     Query(
-                        f"sum by (from, to, forced) (increase(sidecar_phase_transitions_total{{{FILTER}}}[{RATE}]))",
+                        _gauge("sidecar_phase_transitions_total", "from, to, forced"),
                         "{{from}} to {{to}}, forced {{forced}}",
                     ),
                 ),
