@@ -5,15 +5,17 @@
   twice with a client's password.
 * ``swallow`` lets the server finish a command, then cuts both sides without a word of its answer: the commit happened
   and nobody knows.
+* ``tls`` makes it a server with a certificate of the test's choice; the embedded server has no TLS.
 * ``frozen`` forwards nothing and closes nothing: a black hole.
 """
 
 import asyncio
-import contextlib
+import ssl
 import struct
 from typing import Final, Self
 
 _CANCEL: Final = 80877102
+_TLS: Final = 80877103
 _ENDS: Final = (b"c", b"S")  # CopyDone, Sync: the server answers with ReadyForQuery
 
 
@@ -22,12 +24,18 @@ async def _frame(reader: asyncio.StreamReader) -> bytes:
     return head + await reader.readexactly(struct.unpack("!i", head[1:])[0] - 4)
 
 
+async def _startup(reader: asyncio.StreamReader) -> bytes:
+    length = await reader.readexactly(4)
+    return length + await reader.readexactly(struct.unpack("!i", length)[0] - 4)
+
+
 class Relay:
     """``async with Relay(port) as relay``: listens on ``relay.port``."""
 
-    def __init__(self, target: int, backends: int = 1) -> None:
+    def __init__(self, target: int, backends: int = 1, tls: ssl.SSLContext | None = None) -> None:
         self._target = target
         self._backends = backends
+        self._tls = tls
         self._tasks: set[asyncio.Task[None]] = set()
         self._thaw = asyncio.Event()
         self._thaw.set()
@@ -57,7 +65,6 @@ class Relay:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -67,8 +74,15 @@ class Relay:
         open_ends = [writer]
         try:
             await self._thaw.wait()
-            length = await reader.readexactly(4)
-            startup = length + await reader.readexactly(struct.unpack("!i", length)[0] - 4)
+            startup = await _startup(reader)
+            if struct.unpack("!i", startup[4:8])[0] == _TLS:
+                if self._tls is None:
+                    writer.write(b"N")
+                else:
+                    writer.write(b"S")
+                    async with asyncio.timeout(2):  # a client that refuses leaves this waiting (Python 3.11)
+                        await writer.start_tls(self._tls)
+                startup = await _startup(reader)
             if struct.unpack("!i", startup[4:8])[0] == _CANCEL:
                 self.cancels += 1
                 _, upstream = await asyncio.open_connection("127.0.0.1", self._target)
@@ -82,10 +96,7 @@ class Relay:
             pass  # one side went away, so the other goes too
         finally:
             for end in open_ends:
-                end.close()
-            for end in open_ends:
-                with contextlib.suppress(OSError):
-                    await end.wait_closed()
+                end.transport.abort()  # nothing to wait for, least of all the end of a TLS handshake that failed
 
     async def _converse(
         self,

@@ -18,6 +18,7 @@ from sidecar.record import LogRecord
 from sidecar.stores import postgres_connections
 from sidecar.stores.base import ByService, CountQuery
 from sidecar.stores.postgres import PostgresStore
+from tests.parts.certificates import authority_file, server_context
 from tests.parts.postgres import TRUSTED
 from tests.parts.postgres_relay import Relay
 from tests.stores.records import BASE, DAY, log_id, record, records
@@ -306,6 +307,42 @@ class TestSecrets:
         context = postgres_connections._tls(settings.Postgres(host=host, sslmode=sslmode))
         seen = (context.check_hostname, context.verify_mode) if isinstance(context, ssl.SSLContext) else None
         assert seen == expected
+
+
+class TestTls:
+    """A server with a certificate, played by the relay."""
+
+    @pytest.mark.parametrize(
+        ("name", "sslmode", "ours", "passes"),
+        [
+            ("localhost", "verify-full", True, True),
+            ("localhost", "verify-full", False, False),
+            ("elsewhere", "verify-full", True, False),
+            ("elsewhere", "verify-ca", True, True),
+            ("elsewhere", "verify-ca", False, False),
+            ("elsewhere", "require", False, True),
+        ],
+    )
+    async def test_a_certificate_is_judged_as_the_mode_says(
+        self, postgres: settings.Postgres, tmp_path: Path, name: str, sslmode: Any, *, ours: bool, passes: bool
+    ) -> None:
+        """Signed by our authority or not, for the host's name or not: let in, or BLOCKED before any password."""
+        authority = authority_file(tmp_path, "ours")
+        other = authority_file(tmp_path, "other")
+        served = server_context(tmp_path, authority, name)
+        async with Relay(postgres.port, tls=served) as relay:
+            changed = {"sslmode": sslmode, "sslrootcert": str((authority if ours else other).certificate)}
+            options = msgspec.structs.replace(postgres, host="localhost", port=relay.port, **changed)
+            store = PostgresStore(options, clock=SystemClock())
+            if passes:
+                await store.write([record(1)])
+                assert await store.get(log_id(1)) == record(1)
+            else:
+                error = await failure(store.write([record(1)]))
+                assert error.retry_class is RetryClass.BLOCKED
+                assert "certificate" in error.reason
+                assert relay.accepted == 0
+            await store.close()
 
 
 class TestTransactionPooling:
