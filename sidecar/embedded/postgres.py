@@ -134,6 +134,7 @@ class EmbeddedPostgres:
         deadline = time.monotonic() + self._start_timeout
         programs = self._prepare()
         await self._initdb(programs)
+        said = ""
         while True:
             if self._port == 0:
                 self._port = _free_port()
@@ -146,7 +147,7 @@ class EmbeddedPostgres:
                 raise
             if ready:
                 return
-            said = self._log_since(mark)
+            said = self._log_since(mark) or said
             if time.monotonic() > deadline or not any(word in said for word in _PASSING):
                 raise EmbeddedError(f"PostgreSQL did not start: {said or 'it said nothing'}")
             await asyncio.sleep(0.2)
@@ -212,6 +213,7 @@ class EmbeddedPostgres:
                 *("--pgdata", str(new), "--username", USER, "--locale=C", "--encoding=UTF8"),
                 *("--auth=scram-sha-256", "--pwfile", str(self._directory / "password")),
                 "--no-instructions",
+                *(("--no-sync",) if self._options.get("fsync") == "off" else ()),
             ),
         )
         try:
