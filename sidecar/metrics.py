@@ -68,6 +68,7 @@ OBSERVATIONS: Mapping[str, Observation] = {
     "spool_wal_damage_total": Observation("counter", "Damages found in the spool's log at start."),
     "backpressure_active": Observation("gauge", "1 while ingest answers 503, by reason.", ("reason",)),
     "undelivered_at_exit": Observation("gauge", "Records pending when the last run stopped.", _STORE),
+    "shadow_sample_share": Observation("gauge", "Share of reads that is repeated on the other store now."),
     "dedup_ids": Observation("gauge", "Ids in the dedup window."),
 }
 
@@ -121,6 +122,11 @@ class Metrics:
         self.spool_commit_seconds = histogram("spool_commit_seconds", "Duration of a commit, fsync included.")
         self.config_reload_failures = counter("config_reload_failures_total", "Configurations refused.")
         self.phase_transitions = counter("phase_transitions_total", "Applied phase changes.", ("from", "to", "forced"))
+        self.read_seconds = histogram("read_seconds", "Duration of one read at its store.", ("pattern", "store"))
+        self.shadow_reads = counter(
+            "shadow_reads_total", "Reads repeated on the other store, by what came of it.", ("pattern", "result")
+        )
+        self.shadow_skipped = counter("shadow_skipped_total", "Sampled reads not repeated, by reason.", ("reason",))
         self.consumed_capacity = counter(
             "dynamodb_consumed_capacity_units_total", "Consumed write capacity units.", ("target",)
         )

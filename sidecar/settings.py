@@ -167,7 +167,10 @@ class Reads(_Section, frozen=True):
     max_limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000  # records of one page at most
     max_days: Annotated[int, msgspec.Meta(ge=1, le=366)] = 31  # widest time range of one query
     count_max_days: Annotated[int, msgspec.Meta(ge=1, le=3660)] = 31  # widest time range of one count
-    timeout: Seconds = 10.0  # for one query, all its calls together
+    timeout: Seconds = 10.0  # for one query, all its calls together, waiting for its turn included
+    in_flight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4  # reads under way at once, so that they do not slow ingest
+    waiting: Count = 64  # reads that wait for their turn; one more is answered 503
+    max_page_bytes: Annotated[int, msgspec.Meta(ge=64 * KIB, title="bytes")] = 4 * MIB  # payloads of one page, about
     shadow_sample: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01  # share of reads repeated on the other store
     shadow_probe: Seconds = 60.0  # a read of its own where applications only write; 0 = off
 

@@ -24,6 +24,7 @@ class Found:
     served_by: str
     phase: str  # label, e.g. dual_write
     consistency: Literal["strong", "eventual"] = "strong"
+    owed: int | None = None  # records that this sidecar still owes to the store that answered
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ async def get_log(request: web.Request) -> web.Response:
     log_id = _log_id(request)
     found = await parts.get(log_id)
     headers = {"X-Served-By": found.served_by, "X-Phase": found.phase, "X-Consistency": found.consistency}
+    if found.owed is not None:
+        headers["X-Owed-Records"] = str(found.owed)
     if found.record is None:
         return error_answer(
             404,

@@ -1,16 +1,19 @@
 """Small pieces that join two parts that do not know each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from sidecar.clock import Clock
 from sidecar.errors import Busy
 from sidecar.migration import PhaseSwitch
+from sidecar.phase import StoreName
+from sidecar.retry import State
 from sidecar.settings import Settings
 from sidecar.shipper import Shipper
 from sidecar.spool import Spool
 
 _APPLIED: Final = "applied_phase"
+_ON_THE_WAY: Final = frozenset({"pending", "deferred"})
 
 
 class SpoolMemory:
@@ -59,3 +62,36 @@ class FailClosed:
                     retry_after=5,
                 )
         return None
+
+
+class ShadowTrouble:
+    """Why a store should not be read from for comparison now, in one word; None: it may be."""
+
+    def __init__(
+        self, settings: Callable[[], Settings], spool: Spool, shippers: Mapping[str, Shipper], clock: Clock
+    ) -> None:
+        self._settings = settings
+        self._spool = spool
+        self._shippers = shippers
+        self._clock = clock
+
+    def __call__(self, store: StoreName) -> str | None:
+        """The state of delivery to it, or ``lag`` where that is behind by more than ``phases.max_lag``."""
+        state = self._shippers[store].pace.state(self._clock.monotonic())
+        if state is not State.UP:
+            return state.value
+        since = self._spool.counters(store).oldest_pending_us
+        late = since is not None and self._clock.now_us() - since > self._settings().phases.max_lag * 1e6
+        return "lag" if late else None
+
+
+class PendingIn:
+    """Whether this sidecar still owes a record to a store: then the store may lack it."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+
+    async def __call__(self, log_id: str, _log_timestamp: int, store: StoreName) -> bool:
+        """True while it is pending or deferred; a dead letter is not on its way."""
+        status = await self._spool.status(log_id)
+        return status is not None and status.stores.get(store) in _ON_THE_WAY

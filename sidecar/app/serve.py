@@ -24,13 +24,14 @@ from typing import Final
 from prometheus_client import CollectorRegistry
 
 from sidecar import jsonlog
+from sidecar.api import query
 from sidecar.api.body import Budget
 from sidecar.api.listener import Listener
 from sidecar.api.parts import ApiParts, Found, OpsParts, Readiness
 from sidecar.api.server import build_app, build_ops
 from sidecar.api.tokens import TokenFile
 from sidecar.app import observe
-from sidecar.app.parts import FailClosed, SpoolMemory
+from sidecar.app.parts import FailClosed, PendingIn, ShadowTrouble, SpoolMemory
 from sidecar.app.supervise import keep_running
 from sidecar.clock import Clock, SystemClock
 from sidecar.config import Loaded
@@ -40,7 +41,7 @@ from sidecar.intake import Intake, Standing
 from sidecar.metrics import Metrics
 from sidecar.migration import Desired, Hold, PhaseSwitch, Transition
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
-from sidecar.reads import Reads
+from sidecar.reads import Reads, Shadow, always
 from sidecar.reload import Change, Watcher, subpath_warning
 from sidecar.screening import Minter
 from sidecar.settings import MIB, Settings
@@ -110,6 +111,8 @@ class _Sidecar:
         self._spool: Spool
         self._switch: PhaseSwitch
         self._intake: Intake
+        self._reads: Reads
+        self._shadow: Shadow
         self._watcher: Watcher
 
     # -- start ---------------------------------------------------------------------------------------------------
@@ -148,9 +151,12 @@ class _Sidecar:
         await self._open_phase()
         self._build_delivery()
         self._intake = self._build_intake()
-        listener = Listener(build_app(self._api_parts()), self._settings.listen.app, self._settings.listen)
+        self._build_reads()
+        app = build_app(self._api_parts(), query.routes(self._reads))
+        listener = Listener(app, self._settings.listen.app, self._settings.listen)
         for name, shipper in self._shippers.items():
             self._spawn(keep_running(name, shipper.run, clock=self._clock, died=self._died))
+        self._spawn(keep_running("shadow reads", self._shadow.run, clock=self._clock, died=lambda _name: None))
         await listener.start()
         try:
             self._watch()
@@ -215,12 +221,31 @@ class _Sidecar:
         intake.load(self._spool.window())
         return intake
 
-    def _api_parts(self) -> ApiParts:
-        reads = Reads(self._stores, lambda: self._switch.policy)
+    def _build_reads(self) -> None:
+        self._shadow = Shadow(
+            self._stores,
+            lambda: self._settings,
+            lambda: self._switch.policy,
+            trouble=ShadowTrouble(lambda: self._settings, self._spool, self._shippers, self._clock),
+            owed=PendingIn(self._spool),
+            clock=self._clock,
+            metrics=self._metrics,
+            rng=random.Random(),  # noqa: S311  (sampling, not secrets)
+        )
+        self._reads = Reads(
+            self._stores,
+            always(lambda: self._switch.policy),
+            lambda: self._settings,
+            owed=lambda store: self._spool.counters(store).pending,
+            clock=self._clock,
+            metrics=self._metrics,
+            shadow=self._shadow,
+        )
 
+    def _api_parts(self) -> ApiParts:
         async def get(log_id: str) -> Found:
-            read = await reads.get(log_id)
-            return Found(read.record, read.served_by, read.policy.phase.label)
+            answer = await self._reads.get(log_id)
+            return Found(answer.value, answer.served_by, answer.policy.phase.label, answer.consistency, answer.owed)
 
         return ApiParts(
             intake=self._intake,
@@ -351,6 +376,7 @@ class _Sidecar:
             },
             "stores": observe.delivery_status(self._spool, self._shippers, self._clock),
             "spool": observe.spool_status(self._spool),
+            "shadow_reads": self._shadow.status(),
             "configuration": {
                 "path": self._loaded.path,
                 "sha256": watcher.current.digest,

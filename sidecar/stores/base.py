@@ -4,9 +4,11 @@ A store holds a subset of the grow-only set of records. It never updates or dele
 not connect: a sidecar must accept records while a database is down.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
+
+import msgspec
 
 from sidecar.errors import RetryClass
 from sidecar.phase import StoreName
@@ -93,6 +95,31 @@ class CountQuery:
     is_success: bool | None = None
 
 
+CountGroup = Literal["date", "service"]
+"""By what numbers are broken down: UTC day of log_timestamp (``YYYY-MM-DD``), or service_name."""
+
+Consistency = Literal["strong", "eventual"]
+
+
+class Summary(msgspec.Struct, frozen=True, gc=False):
+    """What the indexes of both stores hold of a record: enough for a list, without reading the record."""
+
+    log_id: str
+    log_timestamp: int  # microseconds since the epoch
+    log_type: str
+    status_code: int | None
+    is_success: bool
+    processing_time_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number that was not enumerated; ``method`` says to a person how it was made."""
+
+    count: int
+    method: str
+
+
 class ScanEntry(NamedTuple):
     """What a consistency scan yields per record: enough to compare two stores exactly."""
 
@@ -124,6 +151,11 @@ class Store(Protocol):
         ...
 
     @property
+    def consistency(self) -> Consistency:
+        """Of queries and counts: ``eventual`` where a record that is stored may not be seen for a moment."""
+        ...
+
+    @property
     def limits(self) -> WriteLimits:
         """Bounds of one ``write`` call; the shipper keeps to them, the store checks them."""
         ...
@@ -152,8 +184,27 @@ class Store(Protocol):
         """Up to ``limit`` records strictly after ``before`` in the order of Position (descending), newest first."""
         ...
 
+    async def summaries(self, query: Query, *, before: Position | None, limit: int) -> Sequence[Summary]:
+        """As ``query``, from the indexes alone where the store has them."""
+        ...
+
     async def count(self, query: CountQuery) -> int:
         """Exact number by complete enumeration (eventually consistent in DynamoDB)."""
+        ...
+
+    async def count_by(self, query: CountQuery, group: CountGroup) -> Mapping[str, int]:
+        """As ``count``, by group; groups without a record are left out."""
+        ...
+
+    async def estimate(self, query: CountQuery) -> Estimate:
+        """About how many, at a fraction of the cost of ``count``."""
+        ...
+
+    async def sample(self, *, before: int, limit: int) -> Sequence[LogRecord]:
+        """Some records with log_timestamp < before (microseconds), whichever are cheap to find; in no order.
+
+        May be fewer than there are, even none: for probes, never for an answer.
+        """
         ...
 
     def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
@@ -175,3 +226,20 @@ class Store(Protocol):
     async def close(self) -> None:
         """Release connections; idempotent, bounded in time."""
         ...
+
+
+def position_of(entry: LogRecord | Summary) -> Position:
+    """Where an entry stands in the order of every answer."""
+    return Position(entry.log_timestamp, entry.log_id)
+
+
+def summary_of(record: LogRecord) -> Summary:
+    """The summary that an index would give of a record."""
+    return Summary(
+        record.log_id,
+        record.log_timestamp,
+        record.log_type,
+        record.status_code,
+        record.is_success,
+        record.processing_time_ms,
+    )

@@ -14,7 +14,7 @@ What DynamoDB gives and what it does not:
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from itertools import compress
 from typing import Final
 
@@ -27,7 +27,20 @@ from sidecar.phase import DYNAMODB, StoreName
 from sidecar.record import LogRecord
 from sidecar.stores import dynamodb_errors as errors
 from sidecar.stores import dynamodb_schema as schema
-from sidecar.stores.base import Check, CountQuery, Failure, Position, Query, ScanEntry, WriteLimits, WriteResult
+from sidecar.stores.base import (
+    Check,
+    Consistency,
+    CountGroup,
+    CountQuery,
+    Estimate,
+    Failure,
+    Position,
+    Query,
+    ScanEntry,
+    Summary,
+    WriteLimits,
+    WriteResult,
+)
 from sidecar.stores.dynamodb_items import DAY, MAX_ITEM_BYTES, Item, encode_item, fits
 from sidecar.stores.dynamodb_pages import Pages
 from sidecar.stores.dynamodb_parallel import all_or_first_error
@@ -106,6 +119,11 @@ class DynamoDBStore:
         return DYNAMODB
 
     @property
+    def consistency(self) -> Consistency:
+        """``eventual``: queries and counts go through indexes."""
+        return "eventual"
+
+    @property
     def limits(self) -> WriteLimits:
         """25 records, 2 MiB, ``max_in_flight`` calls."""
         return WriteLimits(MAX_BATCH_ITEMS, MAX_BATCH_BYTES, self._options.max_in_flight)
@@ -164,6 +182,22 @@ class DynamoDBStore:
     async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
         """Through an index, eventually consistent; the bodies by id."""
         return await self._queries.query(query, before=before, limit=limit)
+
+    async def summaries(self, query: Query, *, before: Position | None, limit: int) -> Sequence[Summary]:
+        """From an index alone, eventually consistent."""
+        return await self._queries.summaries(query, before=before, limit=limit)
+
+    async def count_by(self, query: CountQuery, group: CountGroup) -> Mapping[str, int]:
+        """From the indexes alone, like ``count``."""
+        return await self._enumeration.count_by(query, group)
+
+    async def estimate(self, query: CountQuery) -> Estimate:
+        """From a share of the indexes."""
+        return await self._enumeration.estimate(query)
+
+    async def sample(self, *, before: int, limit: int) -> Sequence[LogRecord]:
+        """A few entries of the service index, from another part of it each time."""
+        return await self._queries.sample(before, limit)
 
     async def count(self, query: CountQuery) -> int:
         """From the indexes alone; over all services by a scan of the whole service index."""

@@ -33,6 +33,7 @@ from zlib import crc32
 import msgspec
 
 from sidecar.record import LogRecord, digest, timestamp_text
+from sidecar.stores.base import Summary
 
 SECOND: Final = 1_000_000  # microseconds
 DAY: Final = 86_400 * SECOND
@@ -99,6 +100,13 @@ def shard_of(log_id: str, shards: int) -> int:
 def service_key(service_name: str, day: str, shard: int) -> str:
     """``gs``; ``day`` is ``YYYY-MM-DD``."""
     return f"S#{service_name}#{day}#{shard}"
+
+
+def split_service_key(key: str) -> tuple[str, str]:
+    """``(service_name, day)`` of a ``gs``, whatever the name contains."""
+    head, _, _ = key.rpartition("#")
+    head, _, day = head.rpartition("#")
+    return head[2:], day
 
 
 def errors_key(day: str, shard: int) -> str:
@@ -234,6 +242,28 @@ class IndexEntry(msgspec.Struct, gc=False):
 
     gt: _S
     h: _B | None = None
+
+
+class SummaryEntry(msgspec.Struct, gc=False):
+    """All that an index holds of a record, but for its digest."""
+
+    gt: _S
+    log_type: _S
+    is_success: _Bool
+    status_code: _N | None = None
+    processing_time_ms: _N | None = None
+
+    def summary(self) -> Summary:
+        """In the port's form. Raises ValueError where a number or the time is none of ours."""
+        time, log_id = split_sort_key(self.gt.S)
+        return Summary(
+            log_id,
+            parse_time_key(time),
+            self.log_type.S,
+            _integer(self.status_code),
+            self.is_success.BOOL,
+            _integer(self.processing_time_ms),
+        )
 
 
 def _integer(value: _N | None) -> int | None:

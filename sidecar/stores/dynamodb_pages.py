@@ -5,6 +5,7 @@ before filters, so a page may be empty and yet not the last.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -17,7 +18,8 @@ from sidecar.errors import RetryClass
 from sidecar.record import LogRecord
 from sidecar.stores import dynamodb_errors as errors
 from sidecar.stores import dynamodb_schema as schema
-from sidecar.stores.dynamodb_items import DAY, SECOND, IndexEntry, Item, time_key
+from sidecar.stores.base import Summary
+from sidecar.stores.dynamodb_items import DAY, SECOND, IndexEntry, Item, SummaryEntry, time_key
 from sidecar.stores.dynamodb_wire import Wire
 
 MAX_KEYS: Final = 100  # of one BatchGetItem
@@ -30,11 +32,18 @@ _AFTER_ID: Final = "$"  # the character after "#": an upper bound of all sort ke
 Key = dict[str, Any]
 T = TypeVar("T")
 _json = msgspec.json.encode
+_SUMMARY: Final = ", ".join(SummaryEntry.__struct_fields__)
+_SAMPLE_SEGMENTS: Final = 64
 
 
 class _Page(msgspec.Struct):
     count: int = msgspec.field(name="Count")
     items: list[IndexEntry] = msgspec.field(name="Items", default_factory=list)
+    next_key: Key | None = msgspec.field(name="LastEvaluatedKey", default=None)
+
+
+class _SummaryPage(msgspec.Struct):
+    items: list[SummaryEntry] = msgspec.field(name="Items", default_factory=list)
     next_key: Key | None = msgspec.field(name="LastEvaluatedKey", default=None)
 
 
@@ -61,6 +70,7 @@ class _Keys(msgspec.Struct):
 
 
 _page = msgspec.json.Decoder(_Page)
+_summary_page = msgspec.json.Decoder(_SummaryPage)
 _key_page = msgspec.json.Decoder(_KeyPage)
 _bodies = msgspec.json.Decoder(_Bodies)
 _keys = msgspec.json.Decoder(_Keys)
@@ -99,17 +109,31 @@ class Pages:
         self._ttl_days = options.ttl_days
         self._in_flight = asyncio.Semaphore(options.read_in_flight)
         self.segments = options.read_in_flight
+        self._sampled = 0
 
     def visible_from(self) -> int:
         """The log_timestamp, microseconds, below which a record has expired and is hidden."""
         return FIRST_US if self._ttl_days is None else self._clock.now_us() - self._ttl_days * DAY + 1
 
-    async def newest(self, partition: Partition, limit: int, after: Key | None) -> tuple[list[str], Key | None]:
-        """Sort keys of one page, newest first, and where the next page begins (None: this was the last)."""
+    async def newest(
+        self, partition: Partition, limit: int, after: Key | None, summaries: dict[str, Summary] | None = None
+    ) -> tuple[list[str], Key | None]:
+        """Sort keys of one page, newest first, and where the next page begins (None: this was the last).
+
+        With ``summaries`` the rest of each entry is read too, and put there under its sort key.
+        """
         body = self._query(partition, after)
         body |= {"ScanIndexForward": False, "Limit": limit, "ProjectionExpression": schema.SORT}
-        page = await self._read("Query", body, _page)
-        return [entry.gt.S for entry in page.items], page.next_key
+        if summaries is None:
+            page = await self._read("Query", body, _page)
+            return [entry.gt.S for entry in page.items], page.next_key
+        body["ProjectionExpression"] = _SUMMARY
+        whole = await self._read("Query", body, _summary_page)
+        try:
+            summaries.update({item.gt.S: item.summary() for item in whole.items})
+        except ValueError:
+            raise errors.unreadable("Query") from None
+        return [item.gt.S for item in whole.items], whole.next_key
 
     async def count(self, partition: Partition, is_success: bool | None) -> int:
         """How many entries a partition has in its span."""
@@ -138,19 +162,45 @@ class Pages:
         page = await self._read("Scan", body, _page)
         return page.items, page.next_key
 
-    async def scan_hash_keys(self, prefix: str, stretch: Span, segment: int) -> set[str]:
-        """The distinct hash keys of the service index that begin with ``prefix``, of one segment."""
+    async def scan_hash_keys(
+        self, stretch: Span, segment: int, *, prefix: str | None = None, is_success: bool | None = None
+    ) -> Counter[str]:
+        """How many entries each hash key of the service index has, of one segment.
+
+        Only those that begin with ``prefix``, and of that outcome, where given.
+        """
         body = self._scan(stretch, segment)
         body["ProjectionExpression"] = schema.SERVICE.hash_key
-        body["FilterExpression"] += " AND begins_with(gs, :g)"
-        body["ExpressionAttributeValues"][":g"] = {"S": prefix}
-        found: set[str] = set()
+        if prefix is not None:
+            body["FilterExpression"] += " AND begins_with(gs, :g)"
+            body["ExpressionAttributeValues"][":g"] = {"S": prefix}
+        if is_success is not None:
+            body["FilterExpression"] += " AND is_success = :s"
+            body["ExpressionAttributeValues"][":s"] = {"BOOL": is_success}
+        found: Counter[str] = Counter()
         while True:
             page = await self._read("Scan", body, _key_page)
             found.update(item.gs.S for item in page.items)
             if page.next_key is None:
                 return found
             body["ExclusiveStartKey"] = page.next_key
+
+    async def some(self, stretch: Span, limit: int) -> list[str]:
+        """Sort keys of the first ``limit`` entries of a part of the service index, those in the stretch.
+
+        Each call looks into the next of 64 parts; some of them may be empty.
+        """
+        self._sampled = (self._sampled + 1) % _SAMPLE_SEGMENTS
+        body: dict[str, Any] = {
+            "Segment": self._sampled,
+            "TotalSegments": _SAMPLE_SEGMENTS,
+            "TableName": self._table,
+            "IndexName": schema.SERVICE.name,
+            "Limit": limit,
+            "ProjectionExpression": schema.SORT,
+        }
+        page = await self._read("Scan", body, _page)
+        return [entry.gt.S for entry in page.items if stretch.low <= entry.gt.S <= stretch.high]
 
     async def bodies(self, ids: Sequence[str], *, consistent: bool = False) -> dict[str, LogRecord]:
         """The records of up to MAX_KEYS distinct ids; ids that the table does not have are left out.

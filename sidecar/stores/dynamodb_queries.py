@@ -27,7 +27,7 @@ from sidecar.errors import RetryClass
 from sidecar.record import LogRecord
 from sidecar.stores import dynamodb_errors as errors
 from sidecar.stores import dynamodb_schema as schema
-from sidecar.stores.base import ByApplication, ByCorrelation, ByService, ErrorsOn, Position, Query
+from sidecar.stores.base import ByApplication, ByCorrelation, ByService, ErrorsOn, Position, Query, Summary
 from sidecar.stores.dynamodb_items import (
     DAY,
     application_key,
@@ -37,6 +37,7 @@ from sidecar.stores.dynamodb_items import (
     errors_key,
     service_key,
     sort_key,
+    split_service_key,
     split_sort_key,
     time_key,
 )
@@ -91,6 +92,23 @@ class Queries:
 
     async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
         """Up to ``limit`` records strictly after ``before``, newest first."""
+        return await self._bodies(await self._hits(query, before, limit, None))
+
+    async def summaries(self, query: Query, *, before: Position | None, limit: int) -> Sequence[Summary]:
+        """The same from the index alone."""
+        found: dict[str, Summary] = {}
+        return [found[key] for key in await self._hits(query, before, limit, found)]
+
+    async def sample(self, before: int, limit: int) -> Sequence[LogRecord]:
+        """Some records with log_timestamp < before."""
+        stretch = span(self._pages.visible_from(), before - 1)
+        if stretch is None:
+            return ()
+        return await self._bodies(await self._pages.some(stretch, min(limit, MAX_KEYS)))
+
+    async def _hits(
+        self, query: Query, before: Position | None, limit: int, summaries: dict[str, Summary] | None
+    ) -> list[str]:
         oldest = self._pages.visible_from()
         newest = LAST_US if before is None else before.log_timestamp
         past = None if before is None else sort_key(*before)
@@ -106,7 +124,7 @@ class Queries:
                 schedule = await self._shards.current()
                 days = await self.service_days(service_name, max(start, oldest), min(end, newest))
                 groups = _groups(schedule, service_name, days)
-        return await self._bodies(await self._merge(groups, past, limit))
+        return await self._merge(groups, past, limit, summaries)
 
     async def service_days(self, service_name: str, start: int, end: int) -> list[DaySpan]:
         """The days of start..end (inclusive, microseconds) in which a service may have records, newest first."""
@@ -120,23 +138,24 @@ class Queries:
     async def _days_present(self, service_name: str, stretch: Span) -> Sequence[int]:
         """From a scan of the whole index, in parallel segments: days of this service, newest first."""
         scans = [
-            self._pages.scan_hash_keys(f"S#{service_name}#", stretch, segment)
+            self._pages.scan_hash_keys(stretch, segment, prefix=f"S#{service_name}#")
             for segment in range(self._pages.segments)
         ]
         keys = set[str]().union(*await all_or_first_error(scans))
-        days = set()
-        for key in keys:
-            head, _, shard = key.rpartition("#")
-            head, _, date = head.rpartition("#")
-            if shard.isdecimal() and head == f"S#{service_name}" and (day := day_number(date)) is not None:
-                days.add(day)
-        return sorted(days, reverse=True)
+        days = (day_number(date) for name, date in map(split_service_key, keys) if name == service_name)
+        return sorted({day for day in days if day is not None}, reverse=True)
 
-    async def _merge(self, groups: Iterator[list[Partition]], past: str | None, limit: int) -> list[str]:
+    async def _merge(
+        self,
+        groups: Iterator[list[Partition]],
+        past: str | None,
+        limit: int,
+        summaries: dict[str, Summary] | None,
+    ) -> list[str]:
         """The first ``limit`` sort keys of all groups; every key of a group is newer than those of the next."""
         found: list[str] = []
         for group in groups:
-            runs = [_Run(self._pages, partition, past) for partition in _up_to(group, past)]
+            runs = [_Run(self._pages, partition, past, summaries) for partition in _up_to(group, past)]
             share = limit if len(runs) == 1 else limit // max(len(runs), 1) + _SPARE
             while len(found) < limit:
                 page = min(limit - len(found), share) + 1  # one more: the position itself is passed over
@@ -177,18 +196,21 @@ class Queries:
 class _Run:
     """One partition, read page by page, newest first."""
 
-    def __init__(self, pages: Pages, partition: Partition, past: str | None) -> None:
+    def __init__(
+        self, pages: Pages, partition: Partition, past: str | None, summaries: dict[str, Summary] | None
+    ) -> None:
         self.keys: deque[str] = deque()
         self.exhausted = False
         self._pages = pages
         self._partition = partition
         self._past = past
+        self._summaries = summaries
         self._after: Key | None = None
 
     async def fill(self, limit: int) -> None:
         """Read on until there is at least one key, or no more."""
         while not self.keys and not self.exhausted:
-            found, self._after = await self._pages.newest(self._partition, limit, self._after)
+            found, self._after = await self._pages.newest(self._partition, limit, self._after, self._summaries)
             self.keys.extend(key for key in found if key != self._past)
             self.exhausted = self._after is None
 

@@ -18,21 +18,30 @@ import asyncio
 import heapq
 import struct
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import BinaryIO, Final
 
 from sidecar.errors import RetryClass
 from sidecar.stores import dynamodb_errors as errors
-from sidecar.stores.base import CountQuery, ScanEntry
-from sidecar.stores.dynamodb_items import DAY, IndexEntry, parse_time_key, split_sort_key
-from sidecar.stores.dynamodb_pages import FIRST_US, LAST_US, Key, Pages, Span, span
+from sidecar.stores.base import CountGroup, CountQuery, Estimate, ScanEntry
+from sidecar.stores.dynamodb_items import (
+    DAY,
+    IndexEntry,
+    day_text,
+    parse_time_key,
+    split_service_key,
+    split_sort_key,
+)
+from sidecar.stores.dynamodb_pages import FIRST_US, LAST_US, Key, Pages, Partition, Span, span
 from sidecar.stores.dynamodb_parallel import all_or_first_error
 from sidecar.stores.dynamodb_queries import WIDE_DAYS, Queries, day_spans, error_partitions, service_partitions
 from sidecar.stores.dynamodb_shards import ShardSchedule
 
 RUN_ENTRIES: Final = 32_768  # 100 bytes each in memory; sorted in some 10 ms, off the event loop
 MERGE_RUNS: Final = 64
+_SAMPLED_DAYS: Final = 32
 CHUNK_ENTRIES: Final = 2_000
 _LENGTH: Final = struct.Struct(">H")
 
@@ -54,21 +63,79 @@ class Enumeration:
         stretch = span(start, end)
         if stretch is None:
             return 0
+        by_day = await self._partitions_by_day(query, start, end)
+        if by_day is not None:
+            return await self._count_all([p for partitions in by_day.values() for p in partitions], query)
+        segments = range(self._pages.segments)
+        return sum(await all_or_first_error([self._pages.scan_count(stretch, s, query.is_success) for s in segments]))
+
+    async def count_by(self, query: CountQuery, group: CountGroup) -> Mapping[str, int]:
+        """As ``count``, by group; groups without a record are left out.
+
+        One service by date, and failures by date: the partitions of each day. Otherwise one scan of the whole index,
+        whose hash keys name service and day.
+        """
+        start, end = max(query.start, self._pages.visible_from(), FIRST_US), min(query.end, LAST_US)
+        stretch = span(start, end)
+        if stretch is None:
+            return {}
+        by_day = await self._partitions_by_day(query, start, end)
+        if by_day is None or (query.service_name is None and group == "service"):
+            scans = [
+                self._pages.scan_hash_keys(stretch, segment, is_success=query.is_success)
+                for segment in range(self._pages.segments)
+            ]
+            found: Counter[str] = Counter()
+            for tally in await all_or_first_error(scans):
+                for key, number in tally.items():
+                    name, day = split_service_key(key)
+                    if query.service_name in (None, name):
+                        found[day if group == "date" else name] += number
+            return found
+        if group == "service":
+            total = await self.count(query)
+            return {query.service_name: total} if query.service_name is not None and total else {}
+        calls = [self._count_all(partitions, query) for partitions in by_day.values()]
+        return {day_text(d): n for d, n in zip(by_day, await all_or_first_error(calls), strict=True) if n}
+
+    async def estimate(self, query: CountQuery) -> Estimate:
+        """One shard of each day (of at most 32 days, evenly spread), scaled; shards are even, because ids are hashed.
+
+        Over all services there are no shards to choose from: the first segment of the index, scaled.
+        """
+        start, end = max(query.start, self._pages.visible_from(), FIRST_US), min(query.end, LAST_US)
+        stretch = span(start, end)
+        if stretch is None:
+            return Estimate(0, "nothing that old or new is kept")
+        by_day = await self._partitions_by_day(query, start, end)
+        if by_day is None:
+            segments = self._pages.segments
+            found = await self._pages.scan_count(stretch, 0, query.is_success)
+            return Estimate(found * segments, f"one of {segments} segments of the index counted, times {segments}")
+        if not by_day:
+            return Estimate(0, "the index names no day with records of this service")
+        days = list(by_day.values())[:: -(-len(by_day) // _SAMPLED_DAYS)]
+        outcome = None if query.service_name is None else query.is_success
+        numbers = await all_or_first_error([self._pages.count(shards[0], outcome) for shards in days])
+        scaled = sum(n * len(shards) for n, shards in zip(numbers, days, strict=True))
+        method = f"one shard of each of {len(days)} of {len(by_day)} days counted, times the shards and days left out"
+        return Estimate(round(scaled * len(by_day) / len(days)), method)
+
+    async def _partitions_by_day(self, query: CountQuery, start: int, end: int) -> dict[int, list[Partition]] | None:
+        """Which partitions hold what is counted, by day; None: only a scan of the whole index finds it."""
         days = range(end // DAY, start // DAY - 1, -1)
         if query.service_name is not None:
+            name, schedule = query.service_name, await self._shards.current()
+            found = await self._queries.service_days(name, start, end)
+            return {at.day: service_partitions(schedule, name, at) for at in found}
+        if query.is_success is False and len(days) <= WIDE_DAYS:
             schedule = await self._shards.current()
-            found = await self._queries.service_days(query.service_name, start, end)
-            partitions = [p for at in found for p in service_partitions(schedule, query.service_name, at)]
-            calls = [self._pages.count(partition, query.is_success) for partition in partitions]
-        elif query.is_success is False and len(days) <= WIDE_DAYS:
-            schedule = await self._shards.current()
-            partitions = [p for at in day_spans(days, start, end) for p in error_partitions(schedule, at)]
-            calls = [self._pages.count(partition, None) for partition in partitions]
-        else:
-            calls = [
-                self._pages.scan_count(stretch, segment, query.is_success) for segment in range(self._pages.segments)
-            ]
-        return sum(await all_or_first_error(calls))
+            return {at.day: error_partitions(schedule, at) for at in day_spans(days, start, end)}
+        return None
+
+    async def _count_all(self, partitions: Sequence[Partition], query: CountQuery) -> int:
+        outcome = None if query.service_name is None else query.is_success  # the errors index holds failures alone
+        return sum(await all_or_first_error([self._pages.count(p, outcome) for p in partitions]))
 
     async def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
         """All records with start <= time < end, ascending by (time, id)."""

@@ -4,24 +4,30 @@ Ships with the product for what needs a store and no server. It keeps every prom
 whoever wants it to fail wraps it.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import POSTGRES, StoreName
-from sidecar.record import LogRecord, digest
+from sidecar.record import LogRecord, digest, timestamp_text
 from sidecar.stores.base import (
     ByApplication,
     ByCorrelation,
     ByService,
     Check,
+    Consistency,
+    CountGroup,
     CountQuery,
     ErrorsOn,
+    Estimate,
     Failure,
     Position,
     Query,
     ScanEntry,
+    Summary,
     WriteLimits,
     WriteResult,
+    summary_of,
 )
 
 _DAY_US = 86_400_000_000
@@ -45,6 +51,11 @@ class MemoryStore:
     def name(self) -> StoreName:
         """Return the name given."""
         return self._name
+
+    @property
+    def consistency(self) -> Consistency:
+        """``strong``."""
+        return "strong"
 
     @property
     def limits(self) -> WriteLimits:
@@ -88,14 +99,28 @@ class MemoryStore:
         ]
         return sorted(found, key=_position, reverse=True)[:limit]
 
+    async def summaries(self, query: Query, *, before: Position | None, limit: int) -> Sequence[Summary]:
+        """As ``query``, cut to the summary."""
+        return [summary_of(record) for record in await self.query(query, before=before, limit=limit)]
+
     async def count(self, query: CountQuery) -> int:
         """Look at every record."""
-        return sum(
-            query.start <= record.log_timestamp <= query.end
-            and query.service_name in (None, record.service_name)
-            and query.is_success in (None, record.is_success)
-            for record in self._records.values()
-        )
+        return sum(_counts(query, record) for record in self._records.values())
+
+    async def count_by(self, query: CountQuery, group: CountGroup) -> Mapping[str, int]:
+        """Look at every record."""
+        counted = (record for record in self._records.values() if _counts(query, record))
+        if group == "service":
+            return Counter(record.service_name for record in counted)
+        return Counter(timestamp_text(record.log_timestamp)[:10] for record in counted)
+
+    async def estimate(self, query: CountQuery) -> Estimate:
+        """Exact: nothing is cheaper here."""
+        return Estimate(await self.count(query), "counted in memory")
+
+    async def sample(self, *, before: int, limit: int) -> Sequence[LogRecord]:
+        """The first ones that were written."""
+        return [record for record in self._records.values() if record.log_timestamp < before][:limit]
 
     async def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
         """Sort what is there at the first step; later writes are not seen."""
@@ -132,3 +157,11 @@ def _matches(query: Query, record: LogRecord) -> bool:
             return record.service_name == service_name and start <= record.log_timestamp <= end
         case ErrorsOn(day):
             return not record.is_success and record.log_timestamp // _DAY_US == day
+
+
+def _counts(query: CountQuery, record: LogRecord) -> bool:
+    return (
+        query.start <= record.log_timestamp <= query.end
+        and query.service_name in (None, record.service_name)
+        and query.is_success in (None, record.is_success)
+    )

@@ -17,7 +17,7 @@ costs one statement per batch, not two.
 Times travel as plain integers (see ``postgres_connections``); ``uuid``s as text.
 """
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import asyncpg
@@ -26,7 +26,7 @@ import msgspec
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import POSTGRES, StoreName
-from sidecar.record import FIELDS, LogRecord, digest
+from sidecar.record import FIELDS, LogRecord, digest, timestamp_text
 from sidecar.settings import Postgres
 from sidecar.stores import postgres_schema
 from sidecar.stores.base import (
@@ -34,12 +34,16 @@ from sidecar.stores.base import (
     ByCorrelation,
     ByService,
     Check,
+    Consistency,
+    CountGroup,
     CountQuery,
     ErrorsOn,
+    Estimate,
     Failure,
     Position,
     Query,
     ScanEntry,
+    Summary,
     WriteLimits,
     WriteResult,
 )
@@ -62,6 +66,10 @@ _ARRAYS: Final = {
 """Element types of the arrays of an insert; ``text`` otherwise, so that the column's length is checked, not cut."""
 
 
+_GROUPS: Final[Mapping[CountGroup, str]] = {
+    "date": "(t.log_timestamp AT TIME ZONE 'UTC')::date - DATE '1970-01-01'",  # days since the epoch
+    "service": "t.service_name",
+}
 _SWALLOWED: Final = "neither inserted nor present: a trigger or a policy of the table discards it"
 _OTHER_CONTENT: Final = "the same log_id is stored with other content"
 
@@ -86,19 +94,17 @@ class Statements:
         self.ping = f"INSERT INTO {relation} ({names}) SELECT {names} FROM {relation} WHERE false"
         self.stored = f"SELECT {out} {source} t.log_id = ANY($1::uuid[])"
         self.get = f"SELECT {out} {source} t.log_id = $1"
-        self.pages = {
-            ByApplication: f"SELECT {out} {source} t.application_id = $4 AND {before} {page}",
-            ByCorrelation: f"SELECT {out} {source} t.correlation_id = $4 AND {before} {page}",
-            ByService: (
-                f"SELECT {out} {source} t.service_name = $4 AND t.log_timestamp >= $5 AND t.log_timestamp <= $6 "
-                f"AND {before} {page}"
-            ),
-            ErrorsOn: (
-                f"SELECT {out} {source} NOT t.is_success AND t.log_timestamp >= $4 AND t.log_timestamp < $5 "
-                f"AND {before} {page}"
-            ),
+        brief = ", ".join(f"t.{quoted(f)}" for f in Summary.__struct_fields__)
+        conditions = {
+            ByApplication: "t.application_id = $4",
+            ByCorrelation: "t.correlation_id = $4",
+            ByService: "t.service_name = $4 AND t.log_timestamp >= $5 AND t.log_timestamp <= $6",
+            ErrorsOn: "NOT t.is_success AND t.log_timestamp >= $4 AND t.log_timestamp < $5",
         }
-        self.count = f"SELECT count(*) {source} t.log_timestamp >= $1 AND t.log_timestamp <= $2"
+        self.pages = {kind: f"SELECT {out} {source} {c} AND {before} {page}" for kind, c in conditions.items()}
+        self.summaries = {kind: f"SELECT {brief} {source} {c} AND {before} {page}" for kind, c in conditions.items()}
+        self.sample = f"SELECT {out} {source} t.log_timestamp < $1 ORDER BY t.log_timestamp DESC LIMIT $2"
+        self.counted = f"{source} t.log_timestamp >= $1 AND t.log_timestamp <= $2"
         # A page of a scan ends at so many rows or so many bytes; octet_length does not fetch a TOASTed value.
         self.scan = (
             f"SELECT {out} FROM (SELECT p.*, sum({sizes}) OVER (ORDER BY log_timestamp, log_id) - ({sizes}) AS ahead "
@@ -135,6 +141,11 @@ class PostgresStore:
     def name(self) -> StoreName:
         """Return ``postgres``."""
         return POSTGRES
+
+    @property
+    def consistency(self) -> Consistency:
+        """``strong`` where ``postgres.host`` is the primary."""
+        return "strong"
 
     @property
     def limits(self) -> WriteLimits:
@@ -181,17 +192,37 @@ class PostgresStore:
         rows = await self._fetch(self._sql.pages[type(query)], limit, time - PG_EPOCH_US, log_id, *_arguments(query))
         return _records(rows)
 
+    async def summaries(self, query: Query, *, before: Position | None, limit: int) -> Sequence[Summary]:
+        """The same walk, six columns: payloads out of line are not fetched."""
+        time, log_id = before or _NEWEST
+        sql = self._sql.summaries[type(query)]
+        rows = await self._fetch(sql, limit, time - PG_EPOCH_US, log_id, *_arguments(query))
+        return [Summary(str(a), us + PG_EPOCH_US, b, c, d, e) for a, us, b, c, d, e in rows]
+
     async def count(self, query: CountQuery) -> int:
         """Count at the server, in one statement."""
-        sql = self._sql.count
-        arguments: list[object] = [query.start - PG_EPOCH_US, query.end - PG_EPOCH_US]
-        if query.service_name is not None:
-            arguments.append(query.service_name)
-            sql += f" AND t.service_name = ${len(arguments)}"
-        if query.is_success is not None:
-            sql += " AND t.is_success" if query.is_success else " AND NOT t.is_success"
-        number: int = (await self._fetch(sql, *arguments))[0][0]
+        counted, arguments = self._counted(query)
+        number: int = (await self._fetch(f"SELECT count(*) {counted}", *arguments))[0][0]
         return number
+
+    async def count_by(self, query: CountQuery, group: CountGroup) -> Mapping[str, int]:
+        """Count at the server, in one statement."""
+        counted, arguments = self._counted(query)
+        rows = await self._fetch(f"SELECT {_GROUPS[group]} AS g, count(*) {counted} GROUP BY 1", *arguments)
+        if group == "date":
+            return {timestamp_text(day * _DAY_US)[:10]: number for day, number in rows}
+        return {name: number for name, number in rows}  # noqa: C416  (a row is no tuple to the type checker)
+
+    async def estimate(self, query: CountQuery) -> Estimate:
+        """What the planner expects; as good as the last ANALYZE."""
+        counted, arguments = self._counted(query)
+        plan = (await self._fetch(f"EXPLAIN (FORMAT JSON) SELECT 1 {counted}", *arguments))[0][0]
+        rows = int(msgspec.json.decode(plan)[0]["Plan"]["Plan Rows"])
+        return Estimate(rows, "rows that PostgreSQL's planner expects from the table's statistics")
+
+    async def sample(self, *, before: int, limit: int) -> Sequence[LogRecord]:
+        """The newest ones."""
+        return _records(await self._fetch(self._sql.sample, before - PG_EPOCH_US, limit))
 
     async def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
         """Pages by (time, id), each at most 1,000 records and about 4 MiB of payloads."""
@@ -277,6 +308,17 @@ class PostgresStore:
             elif found != record:
                 failures.append(Failure(index, RetryClass.CONFLICT, _OTHER_CONTENT))
         return failures
+
+    def _counted(self, query: CountQuery) -> tuple[str, list[object]]:
+        """FROM and WHERE of a count, and its arguments."""
+        sql = self._sql.counted
+        arguments: list[object] = [query.start - PG_EPOCH_US, query.end - PG_EPOCH_US]
+        if query.service_name is not None:
+            arguments.append(query.service_name)
+            sql += f" AND t.service_name = ${len(arguments)}"
+        if query.is_success is not None:
+            sql += " AND t.is_success" if query.is_success else " AND NOT t.is_success"
+        return sql, arguments
 
     async def _fetch(self, sql: str, *arguments: object) -> Sequence[asyncpg.Record]:
         return await self._readers.run(lambda link: link.connection.fetch(sql, *arguments))
