@@ -76,7 +76,7 @@ def decide(view: View, authority: PhaseAuthority) -> Decision:
         raise ValueError("no record was read: create() decides that")
     if all(store in view.copies for store in STORES) and (change := protocol.mirror(view.copies)) is not None:
         return Decision("mirror", change)
-    ahead = max((m.heartbeat.epoch for m in view.members), default=0)
+    ahead = max((m.heartbeat.epoch for m in view.members if m.counts), default=0)
     if ahead > top.epoch:
         return Decision(
             holds=(

@@ -10,7 +10,7 @@ The spool here is the protocol's client: it shows what a caller has to do with `
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -82,19 +82,19 @@ class Sidecar:
 
     def start(self) -> None:
         self._incarnation += 1
-        self.member = FleetMember(
+        member = FleetMember(
             Identity(self.name, str(self._incarnation)),
             self.links,
             self.machine,
             wish=lambda: self.config,
             load=self._load,
-            on_applied=self._on_applied,
+            on_applied=lambda record: self._on_applied(member, record),
             interval_s=INTERVAL,
             fence_after_s=FENCE,
             rng=self.world.rng,
         )
-        self.controller = Controller(
-            self.member,
+        controller = Controller(
+            member,
             self.links,
             self.machine,
             wish=lambda: self.config,
@@ -104,12 +104,13 @@ class Sidecar:
             ),
             new_id=lambda: f"{self.name}-{self._incarnation}-{self.world.number()}",
         )
-        parts: tuple[Coroutine[None, None, None], ...] = (
-            self.member.run(),
-            self.controller.run(INTERVAL),
-            self._accept(self.member),
-            self._ship(self.member),
-            self._read(self.member),
+        self.member, self.controller = member, controller
+        parts: tuple[Callable[[], Coroutine[None, None, None]], ...] = (
+            member.run,
+            lambda: controller.run(INTERVAL),
+            lambda: self._accept(member),
+            lambda: self._ship(member),
+            lambda: self._read(member),
         )
         self._tasks = [self.world.loop.create_task(self.world.guarded(part)) for part in parts]
 
@@ -124,10 +125,9 @@ class Sidecar:
 
     # -- what a sidecar does ----------------------------------------------------------------------------------------
 
-    async def _on_applied(self, record: FleetRecord) -> None:
+    async def _on_applied(self, member: FleetMember, record: FleetRecord) -> None:
         policy = protocol.policy_of(record)
-        assert self.member is not None
-        with self.member.use() as use:
+        with member.use() as use:
             changed = [(f, f.owed) for f in self.frames if f.owed is None or f.pending]
             for frame, _ in changed:
                 frame.owed = (frame.owed or set()) | set(policy.owed)
@@ -177,7 +177,7 @@ class Sidecar:
                         if use.valid:
                             frame.delivered.add(store)
                     if DYNAMODB in member.releasable and DYNAMODB in frame.best_effort and use.valid:
-                        await self._release(frame, use)
+                        await self._release(member, frame, use)
                 if rng.random() < 0.3:
                     break
 
@@ -195,7 +195,7 @@ class Sidecar:
 
         await self.world.network.call(self.name, self.machine, store, put)
 
-    async def _release(self, frame: Frame, use: Use) -> None:
+    async def _release(self, member: FleetMember, frame: Frame, use: Use) -> None:
         backlog = sum(DYNAMODB in f.pending for f in self.frames)
         if backlog < 4 or frame.pending != {DYNAMODB}:
             return
@@ -203,7 +203,7 @@ class Sidecar:
             await self._open(DYNAMODB, "released", frame.hour, ledger=POSTGRES)
         except StoreError:
             return
-        if use.valid and DYNAMODB in self.member.releasable and DYNAMODB in frame.best_effort:
+        if use.valid and DYNAMODB in member.releasable and DYNAMODB in frame.best_effort:
             frame.released.add(DYNAMODB)
             self.world.seen["released"] += 1
 

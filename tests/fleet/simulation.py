@@ -8,7 +8,7 @@ knows everything and is asked after every step of the event loop; it stops the r
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 
 from sidecar.fleet import FleetRecord, GapLine, MemoryFleetStore, Wish, protocol
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, Phase, StoreName
@@ -48,10 +48,10 @@ class World:
     def say(self, text: str) -> None:
         self.log.append(f"{self.loop.now:8.1f} {text}")
 
-    async def guarded(self, part: Coroutine[None, None, None]) -> None:
+    async def guarded(self, part: Callable[[], Coroutine[None, None, None]]) -> None:
         """A failure in any task ends the run."""
         try:
-            await part
+            await part()
         except asyncio.CancelledError:
             raise
         except BaseException as error:
@@ -247,7 +247,7 @@ class World:
         self.say(f"born in {self.first.label}, {'with' if self.numbered else 'without'} phase_epoch")
         for sidecar in self.sidecars:
             self.loop.call_later(self.rng.uniform(0, 30), self._restart, sidecar)
-        tasks = [self.loop.create_task(self.guarded(self.backfill()))]
+        tasks = [self.loop.create_task(self.guarded(self.backfill))]
         self.loop.on_step = self.step
         try:
             await self.chaos(chaos_s)

@@ -172,10 +172,13 @@ def test_with_the_api_as_authority_files_are_not_asked() -> None:
 
 
 def test_a_lost_record_is_noticed() -> None:
-    """Somebody has applied an epoch that no store has: a restored backup moves nothing."""
+    """Somebody has applied an epoch that no store has: a restored backup moves nothing until that one has stopped."""
     decided = decide(view(record(), record(), member("a", epoch=6)), "file")
     assert (decided.change, decided.move) == (None, None)
     assert gates(decided.holds) == ["record_not_lost"]
+    top = record(desired=SQL)
+    stopped = decide(view(top, top, member("a", epoch=6, presence=Presence.DRAINED)), "api")
+    assert stopped.move == Move(SQL)
 
 
 # -- moves and writes -----------------------------------------------------------------------------------------------
