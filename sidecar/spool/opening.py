@@ -2,6 +2,7 @@
 
 import contextlib
 import sqlite3
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from sidecar.spool.types import RecoveryReport, Seen
 from sidecar.spool.window import SeenRows
 
 Connect = recovery.Connect
-_CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR})
 _LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 
@@ -28,12 +29,9 @@ def connect(path: str) -> sqlite3.Connection:
 
 
 @dataclass(slots=True)
-class Opened:
-    """All that the spool starts from."""
+class Loaded:
+    """What is in the database."""
 
-    lock: disk.Lock
-    position: disk.Position
-    ballast: disk.Ballast
     connection: sqlite3.Connection
     ledger: Ledger
     door: Account
@@ -41,7 +39,25 @@ class Opened:
     seen: SeenRows
     window: Sequence[Seen]
     meta: dict[str, str]
+
+
+@dataclass(slots=True)
+class Opened:
+    """All that the spool starts from."""
+
+    lock: disk.Lock
+    position: disk.Position
+    ballast: disk.Ballast
+    loaded: Loaded
     report: RecoveryReport
+
+
+class _Missing(Exception):  # noqa: N818  (a finding, handled here)
+    """Records are missing from a file that looks sound."""
+
+
+_DAMAGE: Final = (sqlite3.Error, _Missing, KeyError, TypeError, ValueError, struct.error)
+"""What damaged values lead to when a file is read: a NULL or a text where a number was, an unknown name."""
 
 
 @dataclass(slots=True)
@@ -110,74 +126,74 @@ def _open_locked(plan: _Plan, lock: disk.Lock, undo: contextlib.ExitStack) -> Op
         position.name(last.names if last else ())
         position.write(disk.OPENING, last.seq if last else 0, dict(enumerate(last.accepted if last else ())))
         position.sync()
-    connection, ledger, door, scan = _open_database(plan, last, found, quarantine, undo)
-    seen = SeenRows(plan.dedup, clock)
-    window = seen.load(connection)
-    meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+    loaded, found = _open_database(plan, last, found, quarantine)
+    undo.callback(loaded.connection.close)
     ballast = disk.Ballast(directory, settings.ballast_bytes)
     ballast.make()
     disk.sync_directory(directory)
-    accounts = ledger.accounts.values()
+    accounts = loaded.ledger.accounts.values()
     position.name([a.name for a in accounts])
-    position.write(disk.RUNNING, ledger.last_seq, {a.bit: a.owed for a in accounts})
+    position.write(disk.RUNNING, loaded.ledger.last_seq, {a.bit: a.owed for a in accounts})
     position.sync()
-    return Opened(lock, position, ballast, connection, ledger, door, scan.oldest_us, seen, window, meta, found.report())
+    return Opened(lock, position, ballast, loaded, found.report())
 
 
 def _open_database(
-    plan: _Plan,
-    last: disk.Mark | None,
-    found: recovery.Findings,
-    quarantine: recovery.Quarantine,
-    undo: contextlib.ExitStack,
-) -> tuple[sqlite3.Connection, Ledger, Account, _Scan]:
-    """Open the file; where it is damaged, rebuild it from what can be read and open that."""
+    plan: _Plan, last: disk.Mark | None, found: recovery.Findings, quarantine: recovery.Quarantine
+) -> tuple[Loaded, recovery.Findings]:
+    """Open the file; where it is damaged, or records are missing without a reason, rebuild it and open that."""
     path = plan.directory / disk.DATABASE
-    for attempt in (1, 2):
-        if attempt == 2 or (found.repair and path.exists()):  # noqa: PLR2004  (a rebuilt file is opened once)
-            recovery.rebuild(plan.directory, found, plan.connector, plan.settings)
-            recovery.exchange(plan.directory, quarantine)
-            found.messages.append(f"spool: the damaged files are kept in {quarantine.path.name}")
-            found.repair = False
+    if not (found.repair and path.exists()):
+        trial = found.copy()
         disk.create_private(path)
-        connection = plan.connector(str(path))
         try:
-            ledger, door, scan = _load(connection, plan, last, found, quarantine)
-        except sqlite3.Error as exc:
-            connection.close()
-            if schema.code(exc) not in _CORRUPT or attempt == 2:  # noqa: PLR2004
+            return _load(plan, last, trial, quarantine, final=False), trial
+        except _DAMAGE as exc:
+            if isinstance(exc, sqlite3.Error) and schema.code(exc) not in _CORRUPT:
                 raise
-        except BaseException:
-            connection.close()
-            raise
-        else:
-            undo.callback(connection.close)
-            return connection, ledger, door, scan
-    raise AssertionError("two attempts end in a return or an error")
+    recovery.rebuild(plan.directory, found, plan.connector, plan.settings)
+    recovery.exchange(plan.directory, quarantine)
+    found.messages.append(f"spool: the damaged files are kept in {quarantine.path.name}")
+    return _load(plan, last, found, quarantine, final=True), found
 
 
 def _load(
-    connection: sqlite3.Connection,
     plan: _Plan,
     last: disk.Mark | None,
     found: recovery.Findings,
     quarantine: recovery.Quarantine,
-) -> tuple[Ledger, Account, _Scan]:
-    """Count everything, in one transaction that also sweeps and balances."""
-    schema.configure(connection, plan.settings)
-    schema.create_or_check(connection)
-    connection.execute("BEGIN IMMEDIATE")
-    recovery.compare(connection, last, found, quarantine)
-    ledger = _ledger(connection, plan.stores, last, found)
-    scan = _scan(connection, ledger)
-    recovery.set_aside_frames(connection, ledger, scan.unsound, found, quarantine)
-    for lo, hi in scan.settled:
-        connection.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (lo, hi))
-    door = Account(schema.DOOR, 0)
-    _leftovers(connection, ledger, door, plan.clock)
-    _balance(connection, ledger, last, found)
-    connection.execute("COMMIT")
-    return ledger, door, scan
+    *,
+    final: bool,
+) -> Loaded:
+    """Count everything, in one transaction that also sweeps and balances.
+
+    Raises:
+        sqlite3.Error: also where the schema itself is damaged.
+        _Missing: records are missing and nothing explains it; not where ``final``.
+    """
+    connection = plan.connector(str(plan.directory / disk.DATABASE))
+    with contextlib.ExitStack() as undo:
+        undo.callback(connection.close)
+        schema.configure(connection, plan.settings)
+        schema.create_or_check(connection)
+        connection.execute("BEGIN IMMEDIATE")
+        recovery.compare(connection, last, found, quarantine)
+        ledger = _ledger(connection, plan.stores, last, found)
+        scan = _scan(connection, ledger)
+        recovery.set_aside_frames(connection, ledger, scan.unsound, found, quarantine)
+        for lo, hi in scan.settled:
+            connection.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (lo, hi))
+        door = Account(schema.DOOR, 0)
+        _leftovers(connection, ledger, door, plan.clock)
+        _balance(connection, ledger, last, found)
+        if found.quarantined and not found.wal_damage and not final:
+            raise _Missing
+        seen = SeenRows(plan.dedup, plan.clock)
+        window = seen.load(connection)
+        meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+        connection.execute("COMMIT")
+        undo.pop_all()
+    return Loaded(connection, ledger, door, scan.oldest_us, seen, window, meta)
 
 
 def _ledger(
@@ -223,7 +239,8 @@ def _ledger(
     ledger = Ledger(accounts, resolutions, max(recovery.recovered_seq(connection), last.seq if last else 0))
     names = {a.name: a.mask for a in accounts}
     for present, missing, records in connection.execute("SELECT * FROM differences").fetchall():
-        ledger.corrections[names[present], names[missing]] += records
+        if present in names and missing in names:
+            ledger.corrections[names[present], names[missing]] += records
     return ledger
 
 
@@ -260,7 +277,9 @@ def _leftovers(connection: sqlite3.Connection, ledger: Ledger, door: Account, cl
     for store, state, retry_class, n, size, oldest in connection.execute(
         "SELECT store, state, retry_class, count(*), sum(size), min(accepted_us) FROM leftovers GROUP BY 1, 2, 3"
     ).fetchall():
-        account = door if store == schema.DOOR else ledger.accounts[store]
+        account = door if store == schema.DOOR else ledger.accounts.get(store)
+        if account is None:
+            continue  # a name that damage invented: the row stays, the store it was meant for shows in the balance
         if state == schema.DEFERRED:
             account.deferred += n
             account.deferred_bytes += size

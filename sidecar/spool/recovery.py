@@ -8,9 +8,10 @@ gone, is noticed too.
 import contextlib
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Self
 
 from sidecar.clock import Clock
 from sidecar.errors import SpoolRefused
@@ -36,6 +37,10 @@ class Findings:
     repair: bool = False  # salvage the file, whatever SQLite says of it
     log: wal.Walk | None = None
     behind: salvage.Haul | None = None  # what stands behind a failure of the log
+
+    def copy(self) -> Self:
+        """A copy for an attempt that may fail."""
+        return replace(self, messages=list(self.messages))
 
     def report(self) -> RecoveryReport:
         """The frozen form."""
@@ -216,6 +221,9 @@ def rebuild(directory: Path, found: Findings, connector: Connect, settings: Spoo
         f"spool: {disk.DATABASE} is damaged; {records} records in {len(haul.frames)} frames were salvaged"
         " into a new file"
     )
+    for table in salvage.SMALL:
+        if table not in haul.small:
+            found.messages.append(f"spool: the table {table} is damaged; its rows are only in the file kept aside")
     making = directory / f"{disk.DATABASE}.making"
     for leftover in (making, making.with_name(making.name + "-wal")):  # of an attempt that was cut off
         leftover.unlink(missing_ok=True)

@@ -20,10 +20,18 @@ from sidecar.spool.progress import Progress
 from sidecar.spool.schema import DEAD, DEFERRED
 from sidecar.spool.wal import Walk
 
-_SMALL: Final = ("resolutions", "differences", "seen", "meta", "audit")
+SMALL: Final = {
+    "resolutions": (int, int, int, int, int),
+    "differences": (str, str, int),
+    "seen": (int, int, int, bytes),
+    "meta": (str, str),
+    "audit": (int, int, str, str, str, str),
+}
+"""The tables without checksums, and what their columns hold."""
 _WIDTHS: Final = {"frames": 13, "progress": 12, "leftovers": 20}
 _KEYED: Final = frozenset({"frames", "progress", "leftovers", "resolutions", "seen", "audit"})  # rowid = first column
-_LEFTOVER_INTEGERS: Final = (2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 17, 18)
+_LEFTOVER_TEXTS: Final = (1, 14, 15, 16)
+_LEFTOVER_NUMBERS: Final = (2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 17, 18)
 
 
 class SavedFrame(NamedTuple):
@@ -41,7 +49,7 @@ class Haul:
     progress: dict[int, Progress] = field(default_factory=dict)  # the furthest of each store
     leftovers: dict[int, tuple[pages.Value, ...]] = field(default_factory=dict)
     small: dict[str, list[tuple[pages.Value, ...]]] = field(default_factory=dict)
-    unsound: int = 0  # rows of frames whose header checksum fails
+    unsound: dict[int, tuple[pages.Value, ...]] = field(default_factory=dict)  # rows whose header checksum fails
 
     def take(self, rowid: int, columns: Sequence[pages.Value]) -> None:
         """Take a row of one of the three tables that can be told by their shape."""
@@ -55,13 +63,11 @@ class Haul:
 
     def _frame(self, values: tuple[pages.Value, ...]) -> None:
         *small, body = values
-        if not all(isinstance(v, int) for v in small[:-1]) or not isinstance(small[-1], bytes):
-            return
-        header = Header(*small)  # type: ignore[arg-type]  # eleven ints and bytes, as checked above
+        header = Header(*small)  # type: ignore[arg-type]  # its checksum covers the types too
         if header.sound and isinstance(body, bytes):
             self.frames.setdefault(header.seq, SavedFrame(header, body.ljust(header.size, b"\0")))
-        else:
-            self.unsound += 1
+        elif isinstance(body, bytes):
+            self.unsound[header.seq] = values
 
     def _progress(self, values: tuple[pages.Value, ...]) -> None:
         row = Progress(*values)  # type: ignore[arg-type]  # its checksum covers the types too
@@ -72,7 +78,10 @@ class Haul:
 
     def _leftover(self, values: tuple[pages.Value, ...]) -> None:
         key, body, crc = values[0], values[19], values[18]
-        if not isinstance(key, int) or not all(isinstance(values[i], int) for i in _LEFTOVER_INTEGERS):
+        texts, numbers = (values[i] for i in _LEFTOVER_TEXTS), (values[i] for i in _LEFTOVER_NUMBERS)
+        if not isinstance(key, int) or not all(isinstance(t, str) for t in texts):
+            return
+        if not all(isinstance(n, int) for n in numbers):
             return
         if values[2] in (DEFERRED, DEAD) and (not isinstance(body, bytes) or crc32(body) != crc):
             return
@@ -145,15 +154,17 @@ def _read(fd: int, number: int) -> bytes | None:
 def _small_tables(fetch: pages.Fetch, haul: Haul) -> None:
     """Tables without checksums: only by way of the schema, from trees that are whole."""
     for name, root in _roots(fetch):
-        if name not in _SMALL:
+        if name not in SMALL:
             continue
         numbers, whole = pages.leaves(root, fetch)
         if whole:
-            haul.small[name] = [
-                (rowid, *columns[1:]) if name in _KEYED else tuple(columns)
-                for number in numbers
-                for rowid, columns in pages.rows(fetch(number) or b"", number, fetch)
-            ]
+            found = (row for number in numbers for row in pages.rows(fetch(number) or b"", number, fetch))
+            rows = [(rowid, *columns[1:]) if name in _KEYED else tuple(columns) for rowid, columns in found]
+            haul.small[name] = [row for row in rows if _fits(row, SMALL[name])]
+
+
+def _fits(row: tuple[pages.Value, ...], kinds: tuple[type, ...]) -> bool:
+    return len(row) == len(kinds) and all(isinstance(v, k) for v, k in zip(row, kinds, strict=True))
 
 
 def _roots(fetch: pages.Fetch) -> Iterator[tuple[str, int]]:
@@ -172,6 +183,9 @@ def put(connection: sqlite3.Connection, haul: Haul) -> None:
     """Write a haul into a new, empty spool, in one transaction."""
     progress.store(connection, list(haul.progress.values()))
     put_frames(connection, haul.frames.values())
+    for seq, row in haul.unsound.items():  # dealt with one by one when the frames are counted
+        if seq not in haul.frames:
+            connection.execute(f"INSERT OR IGNORE INTO frames VALUES({', '.join('?' * 13)})", row)
     put_leftovers(connection, haul.leftovers.values())
     for name, rows in haul.small.items():
         for row in rows:

@@ -49,18 +49,19 @@ class Spool:
 
     def __init__(self, opened: opening.Opened, directory: Path, settings: SpoolSettings, clock: Clock) -> None:
         """Use :meth:`open`."""
+        loaded = opened.loaded
         self.recovery = opened.report
         self.on_failure: Callable[[SpoolFailed], None] | None = None
-        self.ledger = opened.ledger
-        self.tail = Tail(settings.tail_cache_bytes, opened.ledger.last_seq + 1)
+        self.ledger = loaded.ledger
+        self.tail = Tail(settings.tail_cache_bytes, loaded.ledger.last_seq + 1)
         self.ring = Ring()
         self._directory = directory
         self._lock = opened.lock
         self._clock = clock
         self._settings = settings
-        self._seen = opened.seen
-        self._window = opened.window
-        self._meta = opened.meta
+        self._seen = loaded.seen
+        self._window = loaded.window
+        self._meta = loaded.meta
         self._failed: SpoolFailed | None = None
         self._keys: dict[Obligation, Key] = {}
         self._waiters: dict[tuple[str, int], list[asyncio.Future[None]]] = {}
@@ -72,11 +73,11 @@ class Spool:
         self.ledger.on_settled = self._wake_waiters
         self.ledger.on_done = self._done
         self._cursors = {
-            name: StoreCursor(self, account, opened.oldest_us.get(name))
+            name: StoreCursor(self, account, loaded.oldest_us.get(name))
             for name, account in self.ledger.accounts.items()
         }
         self._committer = Committer(
-            opened.connection,
+            loaded.connection,
             directory,
             settings,
             clock,
@@ -84,12 +85,12 @@ class Spool:
             accepted={a.bit: a.owed for a in self.ledger.accounts.values()},
             position=opened.position,
             ballast=opened.ballast,
-            seen=opened.seen,
+            seen=loaded.seen,
             committed=self._committed,
             broken=self._broken,
         )
         self._admission = Admission(settings, self._committer.measure())
-        self._letters = Letters(self, opened.door, settings, clock)
+        self._letters = Letters(self, loaded.door, settings, clock)
         self._fates = Fates(self, self.ring)
         self._release = Release(self)
         self._quarantined = int(self._meta.get("quarantined_records", "0"))

@@ -233,16 +233,16 @@ MOUNTS = """21 1 254:0 / / rw,relatime - ext4 /dev/vda rw
 """
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [
-        ("/data", "ext4"),
-        ("/run/x", "tmpfs"),
-        ("/var/lib/my disk/s", "xfs"),
-        ("/net/a", "nfs4"),
-        ("/run/deep", "overlay"),
-    ],
-)
+PLACES = {
+    "/data": "ext4",
+    "/run/x": "tmpfs",
+    "/var/lib/my disk/s": "xfs",
+    "/net/a": "nfs4",
+    "/run/deep": "overlay",
+}
+
+
+@pytest.mark.parametrize(("path", "kind"), PLACES.items())
 def test_the_file_system_of_a_directory_is_found(tmp_path, path, kind):
     """The longest mount point counts, and of equals the last."""
     (tmp_path / "mountinfo").write_text(MOUNTS)
