@@ -7,7 +7,10 @@ from typing import Final, Literal
 
 import msgspec
 
+from sidecar.gaps import GapKind, GapLine
 from sidecar.phase import Phase, StoreName
+
+__all__ = ["NO_EPOCH", "AuditEntry", "FleetRecord", "GapKind", "GapLine", "Heartbeat"]
 
 NO_EPOCH: Final = 0
 """The epoch of an instance that has applied no record; the first record has epoch 1."""
@@ -68,40 +71,6 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     def key(self) -> tuple[str, str]:
         """Identity of the row: (instance, incarnation)."""
         return self.instance, self.incarnation
-
-
-GapKind = Literal["history", "not_owed", "released"]
-
-
-class GapLine(msgspec.Struct, frozen=True, kw_only=True):
-    """Records of one UTC hour that ``store`` was not given, as ``source`` counts them (semantics, section 2).
-
-    Both counts only grow and lines merge by the larger one, so writing a line twice changes nothing, and closing what
-    was seen never hides what was opened meanwhile.
-    """
-
-    store: StoreName
-    kind: GapKind
-    hour: int  # of log_timestamp: hours since the epoch
-    source: str  # instance that counts; "fleet" for what belongs to none
-    opened: int
-    closed: int = 0
-
-    @property
-    def key(self) -> tuple[StoreName, GapKind, int, str]:
-        """Identity of the line."""
-        return self.store, self.kind, self.hour, self.source
-
-    @property
-    def open(self) -> int:
-        """Records still missing."""
-        return max(0, self.opened - self.closed)
-
-    def merge(self, other: "GapLine") -> "GapLine":
-        """The line that knows what both know."""
-        return msgspec.structs.replace(
-            self, opened=max(self.opened, other.opened), closed=max(self.closed, other.closed)
-        )
 
 
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):

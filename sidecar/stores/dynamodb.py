@@ -41,6 +41,7 @@ from sidecar.stores.base import (
     WriteLimits,
     WriteResult,
 )
+from sidecar.stores.dynamodb_gaps import DynamoDBGaps
 from sidecar.stores.dynamodb_items import DAY, MAX_ITEM_BYTES, Item, encode_item, fits
 from sidecar.stores.dynamodb_pages import Pages
 from sidecar.stores.dynamodb_parallel import all_or_first_error
@@ -104,6 +105,7 @@ class DynamoDBStore:
         self._options = options
         self._clock = clock
         self.wire = Wire(options, clock=clock)
+        self.gap_ledger = DynamoDBGaps(self.wire, options)
         self._shards = ShardSchedule(self.wire, options, clock=clock)
         self._pages = Pages(self.wire, options, clock=clock)
         self._queries = Queries(self._pages, self._shards)

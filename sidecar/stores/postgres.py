@@ -49,6 +49,7 @@ from sidecar.stores.base import (
 )
 from sidecar.stores.identifiers import checked, quoted
 from sidecar.stores.postgres_connections import PG_EPOCH_US, Connections, Link
+from sidecar.stores.postgres_gaps import PostgresGaps
 
 _DAY_US: Final = 86_400_000_000
 _NEWEST: Final = Position((3_000_000 * _DAY_US), "00000000-0000-0000-0000-000000000000")
@@ -136,6 +137,7 @@ class PostgresStore:
         self._readers = Connections(options, relation=relation, size=options.read_connections, clock=clock)
         self._limits = WriteLimits(options.batch_records, options.batch_bytes, options.write_connections)
         self._optimistic = True
+        self.gap_ledger = PostgresGaps(self._writers, self._readers, self._schema, self._table)
 
     @property
     def name(self) -> StoreName:
@@ -239,7 +241,7 @@ class PostgresStore:
         await self._writers.run(lambda link: link.connection.execute(self._sql.ping))
 
     async def create(self) -> Sequence[str]:
-        """Make schema, table and indexes where missing."""
+        """Make schema, table, indexes and the gap ledger where missing."""
         done, missing = await self._writers.run(
             lambda link: postgres_schema.create(link.connection, self._schema, self._table), whole=False
         )

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 import asyncpg
 
 from sidecar.record import FIELDS
+from sidecar.stores import postgres_gaps
 from sidecar.stores.base import Check
 from sidecar.stores.identifiers import quoted, suffixed
 from sidecar.stores.postgres_connections import Connection, unique_on_log_id
@@ -126,6 +127,7 @@ async def create(connection: Connection, schema: str, table: str) -> tuple[Seque
             for index in INDEXES:
                 await connection.execute(create_index(schema, table, index))
                 done.append(f"index {suffixed(table, index.suffix)}")
+        done.extend(await postgres_gaps.create(connection, schema, table))
         there = await _indexes(connection, schema, table)
     return done, [index for index in INDEXES if suffixed(table, index.suffix) not in there]
 
@@ -160,6 +162,7 @@ async def check(connection: Connection, schema: str, table: str) -> Sequence[Che
     checks.extend(await _check_columns(connection, relation))
     checks.extend(await _check_rights(connection, relation))
     checks.extend(await _check_keys(connection, schema, table))
+    checks.extend(await postgres_gaps.check(connection, schema, table))
     return checks
 
 
