@@ -108,6 +108,10 @@ async def read_body(request: web.BaseRequest, coding: str, *, limit: int, patien
         ) from None
     except (web.RequestPayloadError, http_exceptions.HttpProcessingError) as error:
         raise _framing(error) from None
+    except RuntimeError:  # how the stream reader says that nobody is there to read from
+        if request.transport is not None:
+            raise
+        raise ConnectionResetError("the client has gone") from None
     finally:
         body.release()
     return body.whole()

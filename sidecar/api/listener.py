@@ -100,7 +100,9 @@ class _Connection(web.RequestHandler):
         """Errors that never reach a handler: what the HTTP parser refuses. Nothing of the request is logged."""
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun, no other can be given")
-        if status == 500 and exc is not None:  # noqa: PLR2004
+        if isinstance(exc, ConnectionError):
+            response = web.Response(status=400)  # nobody is there to read it
+        elif status == 500 and exc is not None:  # noqa: PLR2004
             response = errors.from_surprise(exc)
         else:
             response = errors.error_answer(

@@ -1,0 +1,84 @@
+"""The ops listener: metrics, liveness, readiness, health; nothing else."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import aiohttp
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from sidecar.api.listener import Listener
+from sidecar.api.parts import OpsParts, Readiness
+from sidecar.api.server import build_ops
+from sidecar.metrics import Metrics
+from sidecar.settings import Listen
+
+
+@dataclass
+class Ops:
+    url: str
+    metrics: Metrics
+    readiness: Readiness
+
+
+@contextlib.asynccontextmanager
+async def _running() -> AsyncIterator[tuple[Ops, aiohttp.ClientSession]]:
+    metrics = Metrics(CollectorRegistry())
+    parts = OpsParts(metrics.registry, lambda: ops.readiness, lambda: {"stores": {"postgres": "up"}})
+    listener = Listener(build_ops(parts, metrics), "127.0.0.1:0", Listen())
+    await listener.start()
+    ops = Ops(listener.url, metrics, Readiness(ready=True))
+    try:
+        async with aiohttp.ClientSession() as client:
+            yield ops, client
+    finally:
+        await listener.stop(1)
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("", "text/plain"),
+        ("text/plain;version=0.0.4", "text/plain"),
+        ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5", "application/openmetrics-text"),
+    ],
+)
+async def test_metrics_in_the_form_that_is_accepted(accept: str, kind: str) -> None:
+    """Both forms parse and hold what was counted."""
+    async with _running() as (ops, client):
+        ops.metrics.records_accepted.labels("dual_write").inc(3)
+        async with client.get(f"{ops.url}/metrics", headers={"Accept": accept}) as r:
+            assert r.status == 200
+            assert r.headers["Content-Type"].startswith(kind)
+            text = await r.text()
+    parse = parse_openmetrics if kind.startswith("application") else parse_text
+    samples = {s.name: s.value for family in parse(text) for s in family.samples}
+    assert samples["sidecar_records_accepted_total"] == 3
+
+
+async def test_readiness_is_the_verdict() -> None:
+    """200 when started and the spool writable, else 503 with the reasons; any Host may ask."""
+    async with _running() as (ops, client):
+        async with client.get(f"{ops.url}/readyz", headers={"Host": "10.1.2.3:9464"}) as r:
+            assert (r.status, await r.json()) == (200, {"ready": True, "reasons": []})
+        ops.readiness = Readiness(ready=False, reasons=("spool: failed",))
+        async with client.get(f"{ops.url}/readyz") as r:
+            assert (r.status, await r.json()) == (503, {"ready": False, "reasons": ["spool: failed"]})
+        async with client.get(f"{ops.url}/livez") as r:
+            assert (r.status, await r.json()) == (200, {"live": True})
+        async with client.get(f"{ops.url}/healthz") as r:
+            assert (r.status, await r.json()) == (200, {"stores": {"postgres": "up"}})
+
+
+@pytest.mark.parametrize("path", ["/logs", "/status", "/api/migration", "/", "/metrics/x"])
+async def test_nothing_else_is_reachable(path: str) -> None:
+    """No control and no payload on the port that the pod network reaches."""
+    async with _running() as (ops, client):
+        async with client.get(ops.url + path) as r:
+            assert r.status == 404
+            assert (await r.json())["error"]["code"] == "not_found"
+        async with client.post(ops.url + "/metrics") as r:
+            assert r.status == 405
