@@ -24,6 +24,7 @@ _NIL: Final = "00000000-0000-0000-0000-000000000000"
 _TAIL_BITS: Final = 74  # rand_a and rand_b of a version 7 UUID
 _LOW_BITS: Final = 48  # the last group of the text
 _MS_MAX: Final = 2**48 - 1
+_POOL: Final = 16 * 1024  # random bytes drawn at a time
 _KEY_FORM: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _DERIVED_AS: Final = b"sidecar-key-id-1"  # BLAKE2b personalisation: changing it changes every derived id
 
@@ -81,38 +82,54 @@ def derive_ids(key: str, indexes: Iterable[int]) -> list[str]:
 
 
 class Minter:
-    """UUIDv7 texts that only rise; one per instance, called from one thread."""
+    """UUIDv7 texts that only rise; one per instance, called from one thread.
 
-    __slots__ = ("_clock", "_ms", "_random", "_tail")
+    Randomness is drawn some thousand bytes at a time: the system call gives up the interpreter's lock, and getting it
+    back from the spool's thread costs more than everything else that a request does here.
+    """
+
+    __slots__ = ("_at", "_clock", "_ms", "_pool", "_random", "_tail")
 
     def __init__(self, clock: Clock, random: Callable[[int], bytes]) -> None:
         """``random(n)`` gives n unpredictable bytes, e.g. ``os.urandom``."""
         self._clock = clock
         self._random = random
+        self._pool = b""
+        self._at = 0
         self._ms = -1
         self._tail = 0
 
     def batch(self, count: int) -> list[str]:
         """``count`` new ids, rising, above all earlier ones."""
-        drawn = self._random(4 * count + 10)
         now = min(max(self._clock.now_us() // 1000, 0), _MS_MAX)
         if now > self._ms:
             self._ms = now
-            self._tail = int.from_bytes(drawn[-10:], "big") >> 7  # 73 bits: half the range is left to rise into
+            self._restart()
+        steps = memoryview(self._draw(4 * count)).cast("I")
         ids: list[str] = []
-        steps = memoryview(drawn)[: 4 * count].cast("I")
-        done = 0
-        while done < count:
+        while len(ids) < count:
             high, low = divmod(self._tail, 1 << _LOW_BITS)
             prefix = f"{self._ms >> 16:08x}-{self._ms & 0xFFFF:04x}-7{high >> 14:03x}-{0x8000 | high & 0x3FFF:04x}-"
-            for step in steps[done:]:
+            for step in steps[len(ids) :]:
                 low += step + 1
                 if low >> _LOW_BITS:
                     break
                 ids.append(f"{prefix}{low:012x}")
-            done = len(ids)
             self._tail = (high << _LOW_BITS) + low
             if self._tail >> _TAIL_BITS:  # the last group's carry ran through the whole tail: borrow a millisecond
                 self._ms += 1
-                self._tail = int.from_bytes(drawn[-10:], "big") >> 7
+                self._restart()
         return ids
+
+    def _restart(self) -> None:
+        """Start a millisecond's tail: 73 random bits, so that half the range is left to rise into."""
+        self._tail = int.from_bytes(self._draw(10), "big") >> 7
+
+    def _draw(self, size: int) -> bytes:
+        end = self._at + size
+        if end > len(self._pool):
+            self._pool = self._random(max(_POOL, size))
+            self._at, end = 0, size
+        drawn = self._pool[self._at : end]
+        self._at = end
+        return drawn
