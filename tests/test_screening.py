@@ -507,7 +507,7 @@ def test_minting_carries_over_its_digits() -> None:
     clock = FixedClock()
     minter = Minter(clock, lambda n: b"\xff" * n)
     ids = minter.batch(200_000)
-    minter._tail = (1 << 74) - 5  # (the rarest carry cannot be reached by drawing)
+    minter._high, minter._low = (1 << 26) - 1, (1 << 48) - 5  # (the rarest carry cannot be reached by drawing)
     ids += minter.batch(3)
     assert ids == sorted(set(ids))
     assert {uuid.UUID(one).version for one in ids} == {7}

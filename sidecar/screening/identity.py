@@ -21,7 +21,7 @@ _SPELLING: Final = re.compile(
 )
 _PAIRS: Final = frozenset({(None, None), ("{", "}"), ("(", ")")})
 _NIL: Final = "00000000-0000-0000-0000-000000000000"
-_TAIL_BITS: Final = 74  # rand_a and rand_b of a version 7 UUID
+_HIGH_BITS: Final = 26  # rand_a and the first bits of rand_b of a version 7 UUID
 _LOW_BITS: Final = 48  # the last group of the text
 _MS_MAX: Final = 2**48 - 1
 _POOL: Final = 16 * 1024  # random bytes drawn at a time
@@ -88,7 +88,7 @@ class Minter:
     back from the spool's thread costs more than everything else that a request does here.
     """
 
-    __slots__ = ("_at", "_clock", "_ms", "_pool", "_random", "_tail")
+    __slots__ = ("_at", "_clock", "_high", "_low", "_ms", "_pool", "_prefix", "_random")
 
     def __init__(self, clock: Clock, random: Callable[[int], bytes]) -> None:
         """``random(n)`` gives n unpredictable bytes, e.g. ``os.urandom``."""
@@ -96,8 +96,10 @@ class Minter:
         self._random = random
         self._pool = b""
         self._at = 0
-        self._ms = -1
-        self._tail = 0
+        self._ms = -1  # 48 bits of the id; then a version of 4
+        self._high = 0  # 26 bits, around a variant of 2
+        self._low = 0  # 48 bits: the last group
+        self._prefix = ""
 
     def batch(self, count: int) -> list[str]:
         """``count`` new ids, rising, above all earlier ones."""
@@ -108,22 +110,35 @@ class Minter:
         steps = memoryview(self._draw(4 * count)).cast("I")
         ids: list[str] = []
         while len(ids) < count:
-            high, low = divmod(self._tail, 1 << _LOW_BITS)
-            prefix = f"{self._ms >> 16:08x}-{self._ms & 0xFFFF:04x}-7{high >> 14:03x}-{0x8000 | high & 0x3FFF:04x}-"
+            prefix, low = self._prefix, self._low
             for step in steps[len(ids) :]:
                 low += step + 1
                 if low >> _LOW_BITS:
+                    self._carry()
                     break
+                self._low = low
                 ids.append(f"{prefix}{low:012x}")
-            self._tail = (high << _LOW_BITS) + low
-            if self._tail >> _TAIL_BITS:  # the last group's carry ran through the whole tail: borrow a millisecond
-                self._ms += 1
-                self._restart()
         return ids
+
+    def _carry(self) -> None:
+        """The last group has run over: into the group before, and from there, hardly ever, into the millisecond."""
+        self._high += 1
+        self._low = 0
+        if self._high >> _HIGH_BITS:
+            self._ms += 1
+            self._restart()
+        else:
+            self._write_prefix()
 
     def _restart(self) -> None:
         """Start a millisecond's tail: 73 random bits, so that half the range is left to rise into."""
-        self._tail = int.from_bytes(self._draw(10), "big") >> 7
+        drawn = int.from_bytes(self._draw(10), "big") >> 7
+        self._high, self._low = divmod(drawn, 1 << _LOW_BITS)
+        self._write_prefix()
+
+    def _write_prefix(self) -> None:
+        ms, high = self._ms, self._high
+        self._prefix = f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7{high >> 14:03x}-{0x8000 | high & 0x3FFF:04x}-"
 
     def _draw(self, size: int) -> bytes:
         end = self._at + size
