@@ -93,17 +93,13 @@ TABLE: Mapping[Phase, Policy] = MappingProxyType(
                 postgres=Delivery.REQUIRED,
                 dynamodb=Delivery.REQUIRED,
             ),
-            _policy(
-                Phase.DYNAMO_ONLY, DYNAMODB, "DynamoDB only - migration complete", dynamodb=Delivery.REQUIRED
-            ),
+            _policy(Phase.DYNAMO_ONLY, DYNAMODB, "DynamoDB only - migration complete", dynamodb=Delivery.REQUIRED),
         )
     }
 )
 
 _SPELLINGS: Mapping[str, Phase] = MappingProxyType(
-    {p.label: p for p in Phase}
-    | {str(int(p)): p for p in Phase}
-    | {p.name.title().replace("_", ""): p for p in Phase}
+    {p.label: p for p in Phase} | {str(int(p)): p for p in Phase} | {p.name.title().replace("_", ""): p for p in Phase}
 )
 
 
