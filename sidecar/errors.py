@@ -53,7 +53,7 @@ class ConfigError(SidecarError):
         super().__init__(f"{setting}: seen {seen!r}, allowed: {allowed}{tail}")
 
 
-class BadRequest(SidecarError):  # noqa: N818  (HTTP's own name for it)
+class BadRequest(SidecarError):
     """The request is at fault; sending the same again will fail again."""
 
 
@@ -94,7 +94,7 @@ class Forbidden(BadRequest):
     """The request's Host or service is not on the allow-list."""
 
 
-class Busy(SidecarError):  # noqa: N818  (a state, not a fault)
+class Busy(SidecarError):
     """Nothing was stored; try again after ``retry_after`` seconds."""
 
     def __init__(self, reason: str, message: str, retry_after: int) -> None:
