@@ -1,6 +1,7 @@
 """Every overlay as kubectl renders it: valid, hardened, and a phase change is a changed file and nothing else."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from kubernetes_validate import validate
 
+from sidecar.__main__ import VERBS
 from sidecar.config import load
 from sidecar.phase import Phase
 from tests.integration.k8s.tools import JOBS, OVERLAYS, ROOT, TOOLS, of_kind, render, run, tool
@@ -181,7 +183,9 @@ def test_the_sidecar_starts_first_and_runs_without_any_privilege(overlay):
         assert pod["containers"][0] is container
         assert "restartPolicy" not in container
         assert not pod.get("initContainers")
-        assert container["lifecycle"]["preStop"]["exec"]["command"][:2] == ["sidecar", "wait"]
+        words = container["lifecycle"]["preStop"]["exec"]["command"]
+        held = float(re.fullmatch(r"import time; time\.sleep\((\d+)\)", words[-1])[1])  # type: ignore[index]  # or fails
+        assert held + 25 < pod["terminationGracePeriodSeconds"]
     else:
         assert pod["initContainers"][0] is container
         assert container["restartPolicy"] == "Always"
@@ -193,6 +197,21 @@ def test_the_sidecar_starts_first_and_runs_without_any_privilege(overlay):
     assert security["capabilities"] == {"drop": ["ALL"]}
     assert {p["httpGet"]["path"] for p in (container["startupProbe"], container["readinessProbe"])} == {"/readyz"}
     assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_verb_that_a_manifest_calls_exists(target):
+    """No pod ends with `invalid choice`."""
+    called = set()
+    for manifest in render(target):
+        pod = manifest.get("spec", {}).get("template", {}).get("spec", {})
+        for container in [*pod.get("initContainers", []), *pod.get("containers", [])]:
+            if container["image"].startswith("hybrid-log-sidecar"):
+                called.add(container["args"][0])
+            hooks = [h["exec"]["command"] for h in container.get("lifecycle", {}).values()]
+            called |= {words[1] for words in hooks if words[0] == "sidecar"}
+    assert called
+    assert called <= {verb.name for verb in VERBS}
 
 
 def test_a_claim_and_not_an_emptydir_holds_the_spool_in_the_pvc_overlay():

@@ -26,8 +26,6 @@ PLANNED = {
     "validation_last_success_timestamp_seconds",
     "validation_last_clean_timestamp_seconds",
     "open_gap_records",
-    "shadow_reads_total",
-    "read_seconds",
     "fleet_instances",
 }
 

@@ -1,6 +1,7 @@
 """A real Prometheus watches real sidecars through faults: every panel has data, every alert fires and clears."""
 
 import asyncio
+import json
 import math
 import os
 import re
@@ -94,6 +95,15 @@ def test_promtool_finds_nothing_in_the_metrics(recording: Recording):
     """Names, units, help and types as the field's conventions want them."""
     assert run([tool("promtool"), "check", "metrics"], input=recording.metrics_text) == ""
     assert len(re.findall(r"^# TYPE sidecar_", recording.metrics_text, re.MULTILINE)) > 30
+
+
+def test_the_sidecars_role_allows_every_operation_that_they_made(recording: Recording):
+    """Nothing in the run needed a right that k8s/iam/sidecar-policy.json does not give."""
+    policy = json.loads((ROOT / "k8s" / "iam" / "sidecar-policy.json").read_text())
+    actions = [s["Action"] for s in policy["Statement"]]
+    allowed = {a for given in actions for a in ([given] if isinstance(given, str) else given)}
+    assert "BatchWriteItem" in recording.dynamodb_operations
+    assert {f"dynamodb:{name}" for name in recording.dynamodb_operations} <= allowed
 
 
 def test_the_run_is_kept_for_the_picture(recording: Recording):

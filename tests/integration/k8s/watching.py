@@ -5,13 +5,16 @@ promtool in test_monitoring. The faults are made from outside, as life makes the
 """
 
 import asyncio
+import itertools
 import json
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ class Recording:
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # each panel's expression -> its series
     identity: list[dict[str, Any]] = field(default_factory=list)
     metrics_text: str = ""
+    dynamodb_operations: set[str] = field(default_factory=set)
     script: dict[str, str] = field(default_factory=dict)  # alert -> the fault that it was expected in
 
 
@@ -126,6 +130,7 @@ class Watch:
 
     def config(self, phase: str = "dual_write", more: str = "") -> str:
         """The configuration of all pods, leading through the proxies."""
+        more = f"reads: {{shadow_sample: 1, shadow_probe: 0}}\n{more}"
         return config(phase, self.pg, self.ddb, port=self.pg_proxy.port, url=self.ddb_proxy.url, more=more)
 
     async def run(self) -> Recording:
@@ -153,17 +158,27 @@ class Watch:
         return self.recording
 
     async def _light_load(self, pod: Pod) -> None:
-        """An application that writes a little and reads nothing; it bears a sidecar that is away."""
-        while True:
-            records = [{"service_name": "light", "request_data": "x" * 200} for _ in range(5)]
+        """An application that writes a little and reads less; it bears a sidecar that is away."""
+        for number in itertools.count():
+            known = str(uuid.uuid4())
+            records = [{"service_name": "light", "request_data": "x" * 200} for _ in range(4)]
             with suppress(aiohttp.ClientError, TimeoutError):
-                await self.post(pod, records)
+                await self.post(pod, [*records, {**_dated(known), "service_name": "light"}])
+                if number % 4 == 0:
+                    await self.read(pod, known)
             await asyncio.sleep(0.25)
 
     async def post(self, pod: Pod, body: Any) -> int:
         """The status of one POST."""
         wait = aiohttp.ClientTimeout(total=10)
         async with self._session.post(f"{pod.url}/logs", json=body, timeout=wait) as answer:
+            await answer.read()
+            return answer.status
+
+    async def read(self, pod: Pod, log_id: str) -> int:
+        """The status of reading one record."""
+        wait = aiohttp.ClientTimeout(total=5)
+        async with self._session.get(f"{pod.url}/logs/{log_id}", timeout=wait) as answer:
             await answer.read()
             return answer.status
 
@@ -212,6 +227,7 @@ class Watch:
                 self.recording.identity = answer
         async with self._session.get(f"{self.pods[0].ops}/metrics") as answer_:
             self.recording.metrics_text = await answer_.text()
+        self.recording.dynamodb_operations = set(self.ddb_proxy.calls)
 
 
 @asynccontextmanager
@@ -340,6 +356,31 @@ async def _the_disk_is_slow(w: Watch) -> AsyncIterator[None]:
     await asyncio.to_thread(strace.wait, 10)
 
 
+@asynccontextmanager
+async def _a_record_is_changed_behind_the_sidecars(w: Watch) -> AsyncIterator[None]:
+    changed = str(uuid.uuid4())
+    assert await w.post(w.pods[0], {**_dated(changed, hours=2), "service_name": "s"}) == 202
+    await w.pods[0].drained()
+    await _sql(w, f"UPDATE \"{w.pg.table}\" SET user_id = 'somebody' WHERE log_id = '{changed}'")
+
+    async def look() -> None:
+        while True:
+            assert await w.read(w.pods[0], changed) == 200
+            await asyncio.sleep(0.5)
+
+    looking = asyncio.create_task(look())
+    yield
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+    await _sql(w, f"UPDATE \"{w.pg.table}\" SET user_id = NULL WHERE log_id = '{changed}'")
+
+
+def _dated(log_id: str, hours: float = 0) -> dict[str, str]:
+    """An id of the client's own needs a time of its own."""
+    at = datetime.now(UTC) - timedelta(hours=hours)
+    return {"log_id": log_id, "log_timestamp": at.isoformat()}
+
+
 async def _sql(w: Watch, statement: str) -> None:
     """As the owner of the tables, beside the sidecars."""
     password = w.pg.password.reveal() if w.pg.password else None
@@ -378,6 +419,7 @@ SCRIPT: tuple[tuple[Callable[[Watch], Any], set[str]], ...] = (
         {"SidecarSpoolFullSoon", "SidecarSpoolNearCap", "SidecarBackPressure"},
     ),
     (_the_disk_is_slow, {"SidecarSlowCommits"}),
+    (_a_record_is_changed_behind_the_sidecars, {"SidecarShadowMismatch"}),
 )
 
 
