@@ -67,6 +67,7 @@ class Write:
     done: Callable[[Any], None] | None = None
     refusable: bool = False  # may be given up with Busy when there is no room
     marks: bool = False  # only marks: a crash may lose them
+    measured: bool = False  # admission is to know at once what room it made
 
 
 @dataclass(slots=True, eq=False)
@@ -124,6 +125,7 @@ class Committer:
         seen: window.SeenRows,
         committed: Callable[[Sequence[Entry], int, Stats | None], None],
         broken: Callable[[SpoolFailed], None],
+        busy: Callable[[str], Busy],
     ) -> None:
         self._connection = connection
         self._directory = directory
@@ -136,6 +138,7 @@ class Committer:
         self._seen = seen
         self._committed = committed
         self._broken = broken
+        self._busy = busy
         self._queue: queue.SimpleQueue[Append | Write | Read | Stop] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="spool", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -294,14 +297,12 @@ class Committer:
         if not works:
             return
         reason = self._stuck_reason or "spool_full"
-        busy = Busy(reason, f"spool: {reason}: nothing was stored; delivery goes on and makes room", 1)
-
         leaving = sum(work.size for work in works if isinstance(work, Append))
 
         def tell() -> None:
             self._committed((), leaving, None)
             for work in works:
-                _fail(work, busy)
+                _fail(work, self._busy(reason))
 
         self._post(tell)
 
@@ -330,7 +331,8 @@ class Committer:
         if entries or durable:
             self._position.write(disk.RUNNING, self._last_seq, self._accepted)
         self._wal_pages += 3 + len(writes) + sum(2 + e.header.size // 4000 for e in entries)
-        stats = self._stats() if now - self._stats_at > _STATS_EVERY else None
+        due = now - self._stats_at > _STATS_EVERY or any(write.measured for write in writes)
+        stats = self._stats() if due else None
 
         leaving = sum([append.size for append in appends])
 

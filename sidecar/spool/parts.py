@@ -33,6 +33,7 @@ class Parts(Protocol):
         done: Callable[[_T], None] | None = None,
         *,
         refusable: bool = False,
+        measured: bool = False,
     ) -> _T:
         """Run a change with the next commit."""
         ...

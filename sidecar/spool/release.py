@@ -12,6 +12,7 @@ from typing import Final
 
 from sidecar.spool import framing
 from sidecar.spool.framing import HEADER_COLUMNS, UNRESOLVED, Header
+from sidecar.spool.ledger import Account
 from sidecar.spool.parts import Parts
 from sidecar.spool.types import ReleasePlan
 
@@ -31,10 +32,15 @@ class Release:
         seqs: list[int] = []
         hours: Counter[int] = Counter()
         size = 0
-        at = account.marks.next_uncovered(0)
+        if not account.weak_records:
+            return None
+        at = account.strengthened + 1
         self._parts.flush_now()
-        while size < max_bytes and at <= self._parts.ledger.last_seq:
-            headers = await self._parts.read(partial(_headers, lo=at))
+        while size < max_bytes:
+            first = self._next(account, at)
+            if first is None:
+                break
+            headers = await self._parts.read(partial(_headers, lo=first))
             if not headers:
                 break
             for raw in headers:
@@ -53,6 +59,22 @@ class Release:
         if not seqs:
             return None
         return ReleasePlan(store, tuple(seqs), dict(hours), hours.total(), size)
+
+    def _next(self, account: Account, seq: int) -> int | None:
+        """The first number >= seq that this store has not settled and another has; None: there is none.
+
+        So that the file is not read for a backlog that nobody has confirmed, however long it is.
+        """
+        others = [other.marks for other in self._parts.ledger.accounts.values() if other is not account]
+        while seq <= self._parts.ledger.last_seq:
+            mine = account.marks.next_uncovered(seq)
+            theirs = [at for at in (marks.next_covered(mine) for marks in others) if at is not None]
+            if not theirs:
+                return None
+            seq = min(theirs)
+            if not account.marks.covers(seq):
+                return seq if seq <= self._parts.ledger.last_seq else None
+        return None
 
     def _may_go(self, store: str, raw: Header) -> Header | None:
         """The effective header of a frame that may be released now, else None."""
@@ -101,7 +123,7 @@ class Release:
         if released:
             self._parts.marked()
             self._parts.flush_now()
-            await self._parts.write(_nothing)  # commits with the marks, or after them
+            await self._parts.write(_nothing, measured=True)  # commits with the marks, or after them
         return released
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, Self, TypeVar
 
 from sidecar.clock import Clock
-from sidecar.errors import SpoolFailed
+from sidecar.errors import Busy, SpoolFailed
 from sidecar.record import LogRecord
 from sidecar.settings import Dedup
 from sidecar.settings import Spool as SpoolSettings
@@ -88,8 +88,9 @@ class Spool:
             seen=loaded.seen,
             committed=self._committed,
             broken=self._broken,
+            busy=self._busy,
         )
-        self._admission = Admission(settings, self._committer.measure())
+        self._admission = Admission(settings, self._committer.measure(), clock)
         self._letters = Letters(self, loaded.door, settings, clock)
         self._fates = Fates(self, self.ring)
         self._release = Release(self)
@@ -191,16 +192,21 @@ class Spool:
         done: Callable[[_T], None] | None = None,
         *,
         refusable: bool = False,
+        measured: bool = False,
     ) -> _T:
         """Run a change with the next commit; ``done`` is called on the loop after it, before the caller goes on.
 
-        ``done`` is called even where the caller was cancelled. Raises Busy where ``refusable`` and there is no room.
+        ``done`` is called even where the caller was cancelled. ``measured``: admission knows the new figures when it
+        returns. Raises Busy where ``refusable`` and there is no room.
         """
         self.check()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_T] = loop.create_future()
-        self._submit(Write(run, future, done, refusable), loop)
+        self._submit(Write(run, future, done, refusable, measured=measured), loop)
         return await future
+
+    def _busy(self, reason: str) -> Busy:
+        return self._admission.busy(reason)
 
     def _committed(self, entries: Sequence[Entry], leaving: int, stats: Stats | None) -> None:
         self._admission.leave(leaving)
@@ -302,6 +308,7 @@ class Spool:
                     future.set_result(None)
 
     def _done(self, header: Header) -> None:
+        self._admission.drained(header.size)
         self.ring.add(header)
         self.tail.drop(header.seq)
 
