@@ -7,6 +7,7 @@ A record that not *both* stores can hold exactly is refused here, whatever the p
 * ``timestamps``  RFC 3339 with an offset -> microseconds since the epoch, UTC
 * ``identity``    ids: minted UUIDv7, derived UUIDv8, the canonical spelling of a client's own
 * ``scan``        where things are in a JSON text, without recursion and without building anything
+* ``shapes``      one record, an array, an envelope, lines
 * ``exact``       the slow lane: one record, member by member; the only place that words a refusal
 * ``screener``    the fast lane over whole batches, and what sends a record to the slow one
 

@@ -34,11 +34,11 @@ QUOTE: Final = ord('"')
 OPEN: Final = frozenset(b"[{")
 
 
-class TooDeep(Exception):  # noqa: N818  (caught and worded where the record's place is known)
+class TooDeep(Exception):
     """A value nests deeper than allowed."""
 
 
-class TooLong(Exception):  # noqa: N818  (as above)
+class TooLong(Exception):
     """A value's source text is longer than allowed."""
 
 

@@ -13,7 +13,7 @@ member by member (``exact``). What makes the fast lane exact where msgspec is le
 
 import hashlib
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -23,15 +23,14 @@ import msgspec
 from msgspec import UNSET
 
 from sidecar.clock import Clock
-from sidecar.errors import InvalidRecord, MalformedBody, TooLarge
+from sidecar.errors import MalformedBody, TooLarge
 from sidecar.record import LogRecord, encode
-from sidecar.screening import scan
+from sidecar.screening import scan, shapes
 from sidecar.screening.exact import Bounds, complete, read, too_deep, too_large
 from sidecar.screening.identity import Minter, canonical, derive_ids, version7_time
 from sidecar.screening.schema import (
     DEFAULT_IS_SUCCESS,
     DEFAULT_LOG_TYPE,
-    LOGS,
     RULES,
     CamelWire,
     PascalWire,
@@ -57,7 +56,7 @@ _UNBOUNDED: Final = 2**63
 _CONTENT_AS: Final = b"sidecar-content1"
 
 
-class _Doubt(ValueError):  # noqa: N818  (a state of the fast lane, never seen outside)
+class _Doubt(ValueError):
     """The fast lane cannot vouch for a record."""
 
 
@@ -128,12 +127,12 @@ class Screener:
         batch = True
         lines: list[bytes] | None = None
         if form is Form.LINES:
-            lines = list(_lines(body))
+            lines = list(shapes.lines(body))
         elif _array.match(body) is None:
             envelope = _envelope.match(body)
             batch = envelope is not None
             if envelope is not None:
-                source = _inside(body, envelope.end())
+                source = shapes.inside(body, envelope.end())
         for one, many in _decoders:
             wires: list[Wire]
             try:
@@ -355,7 +354,7 @@ class Screener:
             InvalidRecord: JSON, but neither an object nor an array of records.
         """
         lines = form is Form.LINES
-        batch, texts = (True, _lines(body)) if lines else _documents(body)
+        batch, texts = (True, shapes.lines(body)) if lines else shapes.documents(body)
         result = Screened(batch)
         indexes: list[int] = []
         result.indexes = indexes
@@ -426,46 +425,3 @@ def _content(record: LogRecord, encoded: bytes, flags: int) -> bytes | None:
     if flags & 4:
         encoded = encode(msgspec.structs.replace(record, log_timestamp=0))
     return hashlib.blake2b(encoded + b"%d" % flags, digest_size=16, person=_CONTENT_AS).digest()
-
-
-def _inside(body: bytes, start: int) -> bytes:
-    """What stands in an envelope from ``start`` to its closing brace: one array, or nobody's JSON."""
-    tail = body.rstrip(b" \t\n\r")
-    return tail[start:-1].rstrip(b" \t\n\r") if tail.endswith(b"}") else b""
-
-
-def _lines(body: bytes) -> Iterator[bytes]:
-    """The lines of NDJSON that are not blank (blank ones have no index)."""
-    for line in body.split(b"\n"):
-        text = line.strip(b" \t\r")
-        if text:
-            yield text
-
-
-def _documents(body: bytes) -> tuple[bool, Iterator[bytes]]:
-    """Whether a JSON body is a batch, and its records' source texts."""
-    text = body.strip(b" \t\n\r")
-    try:
-        scan.check_syntax(text)
-        known_good = True
-    except RecursionError:  # some record nests too deep: found below, its neighbours are kept
-        known_good = False
-    if text[:1] == b"[":
-        return True, scan.elements(text)
-    if text[:1] != b"{":
-        raise InvalidRecord("body", "JSON, but neither an object nor an array; send a record or an array of records")
-    start = scan.first_value(text, LOGS)
-    if start is not None:
-        return True, _enveloped(text, start, known_good=known_good)
-    if not known_good:
-        scan.check_ends(text)
-    return False, iter((text,))
-
-
-def _enveloped(text: bytes, start: int, *, known_good: bool) -> Iterator[bytes]:
-    try:
-        yield from scan.elements(_inside(text, start))
-    except MalformedBody:
-        if not known_good:
-            raise
-        raise InvalidRecord("logs", "allowed: one array of records, and no other member beside it") from None
