@@ -109,6 +109,11 @@ class Backlog:
         return self._held < self._max_records and self._held_bytes < self._max_bytes
 
     @property
+    def room(self) -> tuple[int, int]:
+        """Records and bytes that may be taken from the spool now; at least one of each."""
+        return max(1, self._max_records - self._held), max(1, self._max_bytes - self._held_bytes)
+
+    @property
     def ready(self) -> int:
         """Records that the next chunk may carry, before rate and limits; 0 when there is nothing to send."""
         if self._suspects:

@@ -61,6 +61,15 @@ class GapLedger(Protocol):
         ...
 
 
+class KeepsGaps(Protocol):
+    """A store that keeps a ledger beside its records."""
+
+    @property
+    def gap_ledger(self) -> GapLedger:
+        """The ledger; the store's ``create`` makes it."""
+        ...
+
+
 def summed(lines: Sequence[GapLine]) -> list[GapLine]:
     """One line for each (store, kind, hour, source) of several ledgers' lines."""
     merged: dict[object, GapLine] = {}

@@ -53,6 +53,9 @@ OBSERVATIONS: Mapping[str, Observation] = {
         ("present_in", "missing_from"),
     ),
     "divergence_oldest_age_seconds": Observation("gauge", "Age of the oldest diverging record; 0 if none."),
+    "open_gap_records": Observation(
+        "gauge", "Records that a store was not given, as the gap ledgers were read last.", ("store", "kind")
+    ),
     "phase": Observation("gauge", "1 for the phase that is applied.", ("phase",)),
     "desired_phase": Observation("gauge", "1 for the phase that the configuration asks for.", ("phase",)),
     "phase_epoch": Observation("gauge", "Epoch of the applied phase."),

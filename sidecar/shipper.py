@@ -45,7 +45,7 @@ _DEFERRED_POLL: Final = 0.2  # seconds
 _UNKNOWN_IN_A_ROW: Final = 5  # singles of unknown meaning, nothing delivered between: the store is at fault
 _GRACE_CODES: Final = frozenset({"23503"})  # the parent row may still come
 _GRACE_TRIES: Final = 15  # spread over fk_grace: counted, not timed, so that no clock jump shortens it
-_WINDOW_BYTES: Final = 8 * settings.MIB
+WINDOW_BYTES: Final = 8 * settings.MIB
 _SIZE_OF_ONE: Final = 2 * settings.KIB  # a deferred record's share of the window; they are few
 _BRAKE: Final = "most recent records were refused as data: the store's schema or rules are to blame, not the records"
 _FULL: Final = "dead letters are at their bound: redrive or discard them"
@@ -102,7 +102,9 @@ class Shipper:
         clock: Clock,
         metrics: Metrics,
         rng: random.Random,
+        window_bytes: int = WINDOW_BYTES,
     ) -> None:
+        """``window_bytes`` bounds what is held; what is held cannot be released, so keep it small beside the cap."""
         self.name = store.name
         self.store = store
         self.spool = spool
@@ -112,6 +114,7 @@ class Shipper:
         self.metrics = metrics
         self.pace = Pace(retry(), store.limits.max_in_flight, rng, clock.monotonic())
         self.brake = Brake()
+        self.window_bytes = window_bytes
         self._steady_us = clock.now_us() - int(clock.monotonic() * 1e6)
         self._run: _Run | None = None
 
@@ -162,7 +165,7 @@ class _Run:
         self._group = group
         limits = owner.store.limits
         self._window = max(2 * limits.max_records * limits.max_in_flight, 1000)
-        self._backlog = Backlog(limits, max_records=self._window, max_bytes=_WINDOW_BYTES)
+        self._backlog = Backlog(limits, max_records=self._window, max_bytes=owner.window_bytes)
         self._seconds = owner.metrics.store_write_seconds.labels(owner.name)
         self._unknown = 0
         self._deferred_out = 0
@@ -180,7 +183,7 @@ class _Run:
     async def _feed(self) -> None:
         while True:
             await self._room.wait()
-            for frame in await self._cursor.take(self._window, _WINDOW_BYTES):
+            for frame in await self._cursor.take(*self._backlog.room):
                 if frame.records:
                     self._take_in(Load(frame.records, frame.sizes, len(frame.records), frame=frame))
                 else:  # all of it was quarantined

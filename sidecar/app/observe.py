@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from sidecar.clock import Clock
+from sidecar.errors import Busy
 from sidecar.metrics import Metrics, Row
+from sidecar.overflow import Overflow
 from sidecar.phase import Phase
 from sidecar.retry import State
 from sidecar.shipper import Shipper
@@ -62,6 +64,22 @@ def observe_delivery(metrics: Metrics, shippers: Mapping[str, Shipper]) -> None:
     )
     metrics.observe("store_inflight_limit", lambda: [((n,), float(s.pace.limit)) for n, s in shippers.items()])
     metrics.observe("store_rate_limit_records", lambda: [((n,), s.pace.rate.current) for n, s in shippers.items()])
+
+
+def observe_pushback(metrics: Metrics, spool: Spool, closed: Callable[[], Busy | None]) -> None:
+    """Why ingest answers 503 now; ``closed`` is the fail-closed mode."""
+
+    def reasons() -> list[Row]:
+        shut = closed()
+        active = {spool.state().busy_reason, shut.reason if shut is not None else ""}
+        return [((reason,), float(reason in active)) for reason in ("spool_full", "disk_full", "fail_closed")]
+
+    metrics.observe("backpressure_active", reasons)
+
+
+def observe_gaps(metrics: Metrics, overflow: Overflow) -> None:
+    """Open gaps of the fleet, as the ledgers were read last."""
+    metrics.observe("open_gap_records", lambda: [(key, float(n)) for key, n in overflow.open_gaps().items()])
 
 
 def observe_phase(

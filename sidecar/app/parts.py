@@ -1,19 +1,25 @@
 """Small pieces that join two parts that do not know each other."""
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 from sidecar.clock import Clock
 from sidecar.errors import Busy
+from sidecar.gaps import KeepsGaps
 from sidecar.migration import PhaseSwitch
 from sidecar.phase import StoreName
 from sidecar.retry import State
 from sidecar.settings import Settings
 from sidecar.shipper import Shipper
 from sidecar.spool import Spool
+from sidecar.stores.base import Store
 
 _APPLIED: Final = "applied_phase"
 _ON_THE_WAY: Final = frozenset({"pending", "deferred"})
+
+
+class LedgeredStore(Store, KeepsGaps, Protocol):
+    """What the sidecar needs of a store: records, and the gap ledger beside them."""
 
 
 class SpoolMemory:

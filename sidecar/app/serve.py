@@ -16,7 +16,7 @@ import os
 import random
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -31,7 +31,7 @@ from sidecar.api.parts import ApiParts, Found, OpsParts, Readiness
 from sidecar.api.server import build_app, build_ops
 from sidecar.api.tokens import TokenFile
 from sidecar.app import observe
-from sidecar.app.parts import FailClosed, PendingIn, ShadowTrouble, SpoolMemory
+from sidecar.app.parts import FailClosed, LedgeredStore, PendingIn, ShadowTrouble, SpoolMemory
 from sidecar.app.supervise import keep_running
 from sidecar.clock import Clock, SystemClock
 from sidecar.config import Loaded
@@ -40,14 +40,14 @@ from sidecar.errors import ConfigError, SpoolFailed
 from sidecar.intake import Intake, Standing
 from sidecar.metrics import Metrics
 from sidecar.migration import Desired, Hold, PhaseSwitch, Transition
+from sidecar.overflow import Overflow
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
 from sidecar.reads import Reads, Shadow, always
 from sidecar.reload import Change, Watcher, subpath_warning
 from sidecar.screening import Minter
 from sidecar.settings import MIB, Settings
-from sidecar.shipper import Shipper
+from sidecar.shipper import WINDOW_BYTES, Shipper
 from sidecar.spool import Spool
-from sidecar.stores.base import Store
 from sidecar.stores.dynamodb import DynamoDBStore
 from sidecar.stores.postgres import PostgresStore
 
@@ -60,7 +60,7 @@ _EXIT_SPOOL_FAILED: Final = 4
 _BODIES: Final = 64 * MIB  # of all request bodies being read together
 
 
-def build_stores(settings: Settings, clock: Clock) -> dict[StoreName, Store]:
+def build_stores(settings: Settings, clock: Clock) -> dict[StoreName, LedgeredStore]:
     """The only place that names concrete stores."""
     return {
         POSTGRES: PostgresStore(settings.postgres, clock=clock),
@@ -104,12 +104,14 @@ class _Sidecar:
         self._metrics = Metrics(CollectorRegistry())
         self._stores = build_stores(loaded.settings, clock)
         self._shippers: dict[str, Shipper] = {}
+        self._closed = FailClosed(lambda: self._settings, lambda: self._switch, lambda: self._shippers, clock)
         self._tasks: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
         self._failure: SpoolFailed | None = None
         self._ready = False
         self._spool: Spool
         self._switch: PhaseSwitch
+        self._overflow: Overflow
         self._intake: Intake
         self._reads: Reads
         self._shadow: Shadow
@@ -156,6 +158,8 @@ class _Sidecar:
         listener = Listener(app, self._settings.listen.app, self._settings.listen)
         for name, shipper in self._shippers.items():
             self._spawn(keep_running(name, shipper.run, clock=self._clock, died=self._died))
+        for name, part in (("overflow", self._overflow.run), ("gap ledgers", self._overflow.watch)):
+            self._spawn(keep_running(name, part, clock=self._clock, died=lambda _name: None))
         self._spawn(keep_running("shadow reads", self._shadow.run, clock=self._clock, died=lambda _name: None))
         await listener.start()
         try:
@@ -204,8 +208,19 @@ class _Sidecar:
                 clock=self._clock,
                 metrics=self._metrics,
                 rng=random.Random(),  # noqa: S311  (jitter, not secrets)
+                window_bytes=min(WINDOW_BYTES, options.cap_bytes // 16),
             )
+        self._overflow = Overflow(
+            self._spool,
+            ledgers={name: store.gap_ledger for name, store in self._stores.items()},
+            policy=lambda: self._switch.policy,
+            options=options,
+            instance=self._instance(),
+            clock=self._clock,
+        )
         observe.observe_delivery(self._metrics, self._shippers)
+        observe.observe_pushback(self._metrics, self._spool, self._closed)
+        observe.observe_gaps(self._metrics, self._overflow)
 
     def _build_intake(self) -> Intake:
         intake = Intake(
@@ -216,7 +231,8 @@ class _Sidecar:
             minter=Minter(self._clock, os.urandom),
             clock=self._clock,
             metrics=self._metrics,
-            closed=FailClosed(lambda: self._settings, lambda: self._switch, lambda: self._shippers, self._clock),
+            closed=self._closed,
+            make_room=self._overflow.make_room,
         )
         intake.load(self._spool.window())
         return intake
@@ -269,7 +285,6 @@ class _Sidecar:
         metrics.observe("config_last_reload_successful", lambda: [((), float(watcher.last_successful))])
         metrics.observe("config_last_reload_success_timestamp_seconds", lambda: [((), watcher.last_success_us / 1e6)])
         metrics.observe("config_info", lambda: [((watcher.current.digest,), 1.0)])
-        metrics.observe("backpressure_active", self._backpressure)
         self._spawn(watcher.run())
         self._spawn(self._switch.run(_RECONSIDER))
 
@@ -346,9 +361,8 @@ class _Sidecar:
             return Readiness(ready=False, reasons=(f"the spool failed: {self._failure}",))
         return Readiness(ready=self._ready, reasons=() if self._ready else ("starting or stopping",))
 
-    def _backpressure(self) -> Sequence[tuple[tuple[str, ...], float]]:
-        busy = self._spool.state().busy_reason
-        return [((reason,), float(busy == reason)) for reason in ("spool_full", "disk_full")]
+    def _instance(self) -> str:
+        return self._settings.instance or os.environ.get("HOSTNAME") or socket.gethostname()
 
     def _health(self) -> Mapping[str, object]:
         if not self._ready:
@@ -364,7 +378,7 @@ class _Sidecar:
     def _status(self) -> Mapping[str, object]:
         switch, watcher = self._switch, self._watcher
         return {
-            "instance": self._settings.instance or os.environ.get("HOSTNAME") or socket.gethostname(),
+            "instance": self._instance(),
             "phase": {
                 "applied": switch.policy.phase.label,
                 "description": switch.policy.description,

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
@@ -23,7 +23,13 @@ _CONFLICT: Final = (
     "the same log_id was accepted before with other content; the first wins, so mint a new id for this one"
 )
 _UNSETTLED: Final = frozenset({"pending", "deferred"})
+_ROOM_SECONDS: Final = 10.0  # that a request waits while the spool makes room
 _STATUS_POLL: Final = 0.05  # seconds between two looks at duplicates that somebody waits for
+
+
+async def _no_room(_busy: Busy) -> bool:
+    """Nobody makes room: a push-back is the answer."""
+    return False
 
 
 class SpoolDoor(Protocol):
@@ -109,16 +115,22 @@ class Intake:
         clock: Clock,
         metrics: Metrics,
         closed: Callable[[], Busy | None] = lambda: None,
+        make_room: Callable[[Busy], Awaitable[bool]] = _no_room,
         dedup: Dedup,
         column_limits: Mapping[str, int] | None = None,
     ) -> None:
-        """``closed`` says why nothing is accepted now (fail-closed), ``column_limits`` an adopted table's widths."""
+        """Join the parts.
+
+        ``closed`` says why nothing is accepted now (fail-closed); ``make_room`` whether to try again after a push-back
+        of the spool, because there is room now; ``column_limits`` an adopted table's widths.
+        """
         self._spool = spool
         self._standing = standing
         self._settings = settings
         self._clock = clock
         self._metrics = metrics
         self._closed = closed
+        self._make_room = make_room
         self._screener = Screener(clock, minter, column_limits or {})
         self.window = DedupWindow(dedup, clock)
         self._stopping: Busy | None = None
@@ -194,13 +206,21 @@ class Intake:
             return None
         if not screened.records:
             return None
-        # Taken in the tick in which the spool gets the records: a phase change strengthens all that came before it.
-        standing = self._standing()
-        outcome.policy = standing.policy
-        obligation = self._obligation(standing)
-        receipt = await self._spool.append(screened.records, screened.encoded, obligation, seen)
-        self._accepted(standing.policy, len(screened.records))
-        return receipt
+        deadline = self._clock.monotonic() + _ROOM_SECONDS
+        while True:
+            # Taken in the tick in which the spool gets the records: a phase change strengthens all that came before it.
+            standing = self._standing()
+            outcome.policy = standing.policy
+            obligation = self._obligation(standing)
+            try:
+                receipt = await self._spool.append(screened.records, screened.encoded, obligation, seen)
+            except Busy as busy:
+                if self._clock.monotonic() < deadline and await self._make_room(busy):
+                    self.check_open()
+                    continue
+                raise
+            self._accepted(standing.policy, len(screened.records))
+            return receipt
 
     async def _append_known(self, screened: Screened, outcome: Outcome, *, strict: bool) -> Receipt | None:
         """Append what the dedup window does not know; settles duplicates and conflicts in ``outcome``."""
