@@ -16,7 +16,7 @@ from sidecar.fleet.census import Member
 from sidecar.fleet.member import Wish
 from sidecar.fleet.protocol import Change, Move
 from sidecar.fleet.types import FleetRecord
-from sidecar.phase import STORES, Phase, StoreName
+from sidecar.phase import STORES, TABLE, Phase, StoreName
 
 PhaseAuthority = Literal["file", "api"]
 
@@ -55,7 +55,7 @@ def create(view: View, wish: Wish, *, by: str, at_us: int) -> Decision:
     """The first record, from the configuration of whoever comes first."""
     if not protocol.may_create(wish.phase, view.copies, tuple(view.copies)):
         missing = ", ".join(f"{store}: {why}" for store, why in sorted(view.unreachable.items()))
-        need = "postgres to answer" if wish.phase is Phase.SQL_ONLY else "both stores to answer"
+        need = "postgres to answer" if TABLE[wish.phase].owed == {protocol.FIRST} else "both stores to answer"
         return Decision(holds=(Hold("fleet_record", f"none exists; no answer from {missing}", f"{need} once"),))
     record = FleetRecord(
         epoch=1,

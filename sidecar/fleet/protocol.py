@@ -132,7 +132,7 @@ def may_create(phase: Phase, copies: Mapping[StoreName, FleetRecord | None], vis
     """
     if any(copies.get(store) is not None for store in visible):
         return False
-    return FIRST in visible and (phase is Phase.SQL_ONLY or all(store in visible for store in STORES))
+    return FIRST in visible and (TABLE[phase].owed == {FIRST} or all(store in visible for store in STORES))
 
 
 def mirror(copies: Mapping[StoreName, FleetRecord | None]) -> Change | None:
