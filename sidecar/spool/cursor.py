@@ -65,8 +65,15 @@ class StoreCursor:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def rewind(self, seq: int) -> None:
-        """Frames from ``seq`` on may be owed now (resolved): look at them again."""
+    def accepted(self, header: Header) -> None:
+        """A frame that is owed to the store was committed."""
+        if self._hint_us is None or self._account.frame_records == header.n:
+            self._hint_us = header.accepted_us
+
+    def rewind(self, seq: int, oldest_us: int) -> None:
+        """Frames from ``seq`` on, the oldest of ``oldest_us``, are owed now (resolved): look at them again."""
+        if self._hint_us is None or not self._taken:
+            self._hint_us = min(oldest_us, self._hint_us or oldest_us)
         self._pos = min(self._pos, seq - 1)
         self._turn += 1
         self.wake()

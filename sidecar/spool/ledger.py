@@ -143,6 +143,7 @@ class Ledger:
         self.unresolved = Intervals()
         self.unresolved_records = 0
         self.unresolved_bytes = 0
+        self.unresolved_us = 0  # accept time of the oldest
         self.excepted = Intervals()  # frames that have, or had in this run, leftovers of some store
         self.frame_pairs: Counter[Pair] = Counter()
         self.corrections: Counter[Pair] = Counter()
@@ -188,6 +189,8 @@ class Ledger:
         self.last_seq = max(self.last_seq, header.seq)
         self._bytes_since += header.size
         if header.flags & UNRESOLVED:
+            if not self.unresolved:
+                self.unresolved_us = header.accepted_us
             self.unresolved.add(header.seq)
             self.unresolved_records += header.n
             self.unresolved_bytes += header.size

@@ -52,7 +52,7 @@ class Opened:
     report: RecoveryReport
 
 
-class _Missing(Exception):  # noqa: N818  (a finding, handled here)
+class _Missing(Exception):
     """Records are missing from a file that looks sound."""
 
 

@@ -133,7 +133,8 @@ def _is_ours(database: Path, last: disk.Mark | None) -> bool:
     )
     ours = application == schema.APPLICATION_ID
     unborn = application == version == 0 and database.stat().st_size <= schema.PAGE  # killed while it was created
-    if magic == b"SQLite format 3\0" and (ours or unborn):
+    shape = header[16:18] == b"\x10\x00" and header[18:20] in (b"\1\1", b"\2\2") and header[20:24] == b"\0@  "
+    if magic == b"SQLite format 3\0" and (ours or unborn) and (shape or last is None):
         if version > schema.VERSION:
             raise SpoolRefused(
                 f"spool.directory: {database} has schema version {version}, this sidecar knows {schema.VERSION};"

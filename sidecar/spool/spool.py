@@ -215,7 +215,11 @@ class Spool:
         for entry in entries:
             self.ledger.accepted(entry.header)
             self.tail.add(entry)
-        for cursor in self._cursors.values():
+        for name, cursor in self._cursors.items():
+            mask = self.ledger.accounts[name].mask
+            for entry in entries:
+                if entry.header.owed & mask:
+                    cursor.accepted(entry.header)
             cursor.wake()
 
     def _broken(self, error: SpoolFailed) -> None:
@@ -490,7 +494,7 @@ class Spool:
             self.ledger.resolved(resolution, counted)
             for name, cursor in self._cursors.items():
                 if name in obligation.owed:
-                    cursor.rewind(resolution.lo)
+                    cursor.rewind(resolution.lo, self.ledger.unresolved_us)
             for name, seq in list(self._waiters):
                 if name not in obligation.owed and resolution.lo <= seq <= resolution.hi:
                     self._wake_waiters(name, seq)
