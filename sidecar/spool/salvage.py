@@ -102,7 +102,7 @@ def from_log(log: Walk, database: Path) -> Haul:
 
         def fetch(number: int) -> bytes | None:
             image = newest.get(number)
-            return image if image is not None else _read(fd, number)
+            return image if image is not None else read_page(fd, number)
 
         haul = Haul()
         touched = {f.page for f in log.frames[log.kept :]}
@@ -125,7 +125,7 @@ def from_database(database: Path, log: Walk | None) -> Haul:
 
         def fetch(number: int) -> bytes | None:
             image = overlay.get(number)
-            return image if image is not None else _read(fd, number)
+            return image if image is not None else read_page(fd, number)
 
         haul = Haul()
         for number in range(1, last + 1):
@@ -144,7 +144,8 @@ def _harvest(page: bytes, number: int, fetch: pages.Fetch, haul: Haul) -> None:
             haul.take(rowid, columns)
 
 
-def _read(fd: int, number: int) -> bytes | None:
+def read_page(fd: int, number: int) -> bytes | None:
+    """A page of the file by its number; None where there is none."""
     if not 0 < number < 1 << 31:
         return None
     page = os.pread(fd, pages.PAGE, (number - 1) * pages.PAGE)
@@ -153,7 +154,7 @@ def _read(fd: int, number: int) -> bytes | None:
 
 def _small_tables(fetch: pages.Fetch, haul: Haul) -> None:
     """Tables without checksums: only by way of the schema, from trees that are whole."""
-    for name, root in _roots(fetch):
+    for name, root in roots(fetch):
         if name not in SMALL:
             continue
         numbers, whole = pages.leaves(root, fetch)
@@ -167,7 +168,8 @@ def _fits(row: tuple[pages.Value, ...], kinds: tuple[type, ...]) -> bool:
     return len(row) == len(kinds) and all(isinstance(v, k) for v, k in zip(row, kinds, strict=True))
 
 
-def _roots(fetch: pages.Fetch) -> Iterator[tuple[str, int]]:
+def roots(fetch: pages.Fetch) -> Iterator[tuple[str, int]]:
+    """(name, root page) of every table that the schema names."""
     numbers, _ = pages.leaves(1, fetch)
     for number in numbers:
         page = fetch(number)

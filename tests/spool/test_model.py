@@ -231,7 +231,7 @@ class SpoolMachine(RuleBasedStateMachine):
         for (log_id, store), fate in self.model.fate.items():
             if fate != self.durable.fate[log_id, store]:
                 now = self.run(self.spool.status(log_id))
-                kept = now is None or now.stores[store] not in ("pending",)
+                kept = now is None or now.stores[store] != "pending"
                 if not kept:
                     self.model.fate[log_id, store] = self.durable.fate[log_id, store]
         self.saved()
