@@ -1,6 +1,6 @@
 """kubelet's part of a pod, replayed: projecting a ConfigMap into a volume, and a pod that has one."""
 
-import os
+import itertools
 import tempfile
 import time
 from collections.abc import Mapping
@@ -92,12 +92,20 @@ def config(phase: str, pg: Any, ddb: Any, *, port: int = 0, url: str = "", more:
     )
 
 
-def flip_a_bit(path: Path, share: float) -> None:
-    """Damage one bit of a file, at that share of its length, as a bad disk does."""
-    size = path.stat().st_size
-    assert size > 0, f"{path} is empty"
+def live_frames(log: Path) -> list[int]:
+    """Where the frames of SQLite's log begin that count: those from its start on that carry the salt of its head."""
+    data = log.read_bytes()
+    if len(data) < 32:
+        return []
+    page, salt = int.from_bytes(data[8:12], "big"), data[16:24]
+    starts = range(32, len(data) - page - 23, page + 24)
+    return list(itertools.takewhile(lambda start: data[start + 8 : start + 16] == salt, starts))
+
+
+def flip_a_bit(path: Path, offset: int) -> None:
+    """Damage one bit of a file, as a bad disk does."""
     with path.open("r+b") as file:
-        file.seek(int(size * share))
+        file.seek(offset)
         byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
+        file.seek(offset)
         file.write(bytes([byte[0] ^ 0x10]))

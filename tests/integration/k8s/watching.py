@@ -25,7 +25,7 @@ import yaml
 from k8s.monitoring import panels
 from k8s.monitoring.__main__ import rule_file
 from k8s.monitoring.promql import Scale
-from tests.integration.k8s.kubelet import Pod, config, flip_a_bit
+from tests.integration.k8s.kubelet import Pod, config, flip_a_bit, live_frames
 from tests.integration.k8s.tools import tool
 from tests.parts.fault_proxy import FaultProxy, Refuse, Reset
 from tests.parts.sidecar import eventually, free_port
@@ -316,11 +316,16 @@ async def _a_container_is_killed(w: Watch) -> AsyncIterator[None]:
 @asynccontextmanager
 async def _the_disk_flips_a_bit(w: Watch) -> AsyncIterator[None]:
     w.ddb_proxy.on("*", Reset())
-    for _ in range(20):
-        await w.post(w.pods[1], [{"service_name": "s", "request_data": "y" * 500}] * 20)
-    w.pods[1].kill()
-    (log,) = w.pods[1].spool.glob("*-wal")
-    flip_a_bit(log, 0.5)
+    for _ in range(5):  # the log may just have begun anew; then it holds too little that counts
+        for _ in range(20):
+            await w.post(w.pods[1], [{"service_name": "s", "request_data": "y" * 500}] * 20)
+        w.pods[1].kill()
+        (log,) = w.pods[1].spool.glob("*-wal")
+        frames = live_frames(log)
+        if len(frames) > 8:
+            break
+        await w.pods[1].start()
+    flip_a_bit(log, frames[len(frames) // 2] + 100)
     await w.pods[1].start()
     yield
     w.ddb_proxy.clear()
