@@ -58,7 +58,11 @@ class SpoolPort(Protocol):
     """What a shipper needs of the spool (see ``sidecar.spool``)."""
 
     def cursor(self, store: str) -> Cursor:
-        """A new cursor, at the first unsettled frame."""
+        """The store's way through the frames."""
+        ...
+
+    def take_back(self, store: str) -> None:
+        """Hand out again what was taken and neither settled nor finished."""
         ...
 
     def next_due_us(self, store: str) -> int | None:
@@ -151,6 +155,7 @@ class Shipper:
                 self._run.start()
         finally:
             self._run = None
+            self.spool.take_back(self.name)
 
 
 class _Run:

@@ -78,6 +78,14 @@ class StoreCursor:
         self._turn += 1
         self.wake()
 
+    def take_back(self) -> None:
+        """The consumer is gone: what it held is handed out again, from the oldest on."""
+        if self._taken:
+            self._hint_us = next(iter(self._taken.values())).frame.accepted_us
+        self._taken.clear()
+        self._pos = self._account.marks.first_end
+        self._turn += 1
+
     def holds(self, seq: int) -> bool:
         """True while the frame is with the consumer."""
         return seq in self._taken

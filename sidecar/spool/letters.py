@@ -62,6 +62,14 @@ class Letters:
         due = self._account(store).next_due_us
         return None if due is None else self._parts.wall_us(due)
 
+    def take_back(self, store: str) -> None:
+        """The consumer is gone: what it held is due again."""
+        held = self._held(store)
+        for key in held:
+            del self._in_hand[key]
+        if held:
+            self._account(store).next_due_us = 0
+
     async def due(self, store: str, now_us: int, limit: int) -> Sequence[Deferred]:
         """See Spool.due."""
         self._parts.flush_now()

@@ -337,6 +337,11 @@ class Spool:
         """The store's own way through the spool; one per store and run. Raises KeyError for an unknown name."""
         return self._cursors[store]
 
+    def take_back(self, store: str) -> None:
+        """The store's consumer ended, whatever it held: its frames and deferred records are handed out again."""
+        self._cursors[store].take_back()
+        self._letters.take_back(store)
+
     def holds(self, store: str, seq: int) -> bool:
         """True while the store's consumer has the frame."""
         return self._cursors[store].holds(seq)
