@@ -64,7 +64,7 @@ def header_of(chunk: framing.Chunk) -> framing.Header:
     """As the committer writes it, for one chunk of its own."""
     n, size, ids = len(chunk.records), len(chunk.body), chunk.ids + chunk.lengths
     columns = (1, 1, 3, 1, 0, n, size, 0, chunk.t0, chunk.t1)
-    return framing.Header(*columns, framing.checksum(*columns, ids), ids)
+    return framing.seal(columns, ids)
 
 
 def body_of(shape: Shape) -> bytes:

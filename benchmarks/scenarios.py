@@ -175,9 +175,13 @@ def settle(rig: Rig, system: Sidecar, rows: int) -> None:
 
 
 def evenness(points: list[Row], total: int) -> Row:
-    """From the first delivery to the last: seconds, rate, and the fastest quarter over the slowest."""
+    """From the first delivery to the last: seconds, rate, and the fastest quarter over the slowest.
+
+    The slow start that spares a recovering store is part of the seconds, and no part of the evenness: quarters are of
+    what was delivered after the first fifth.
+    """
     first = points[0]["stored"] if points else 0
-    moving = [p for p in points if first < p["stored"] < total]
+    moving = [p for p in points if first + (total - first) / 5 < p["stored"] < total]
     done = [p["at"] for p in points if p["stored"] >= total]
     if len(moving) < 8 or not done:
         return {"drain_seconds": 0.0, "drain_unevenness": 1.0, "drain_per_second": 0.0}
