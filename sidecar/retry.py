@@ -122,9 +122,16 @@ class Rate:
 
     def throttled(self, now: float, delivered: float) -> None:
         """The store asked us to slow down while ``delivered`` records/s (the last half second) got through."""
-        if now - self._last_cut < _THROTTLE_HOLD:
+        if now - self._last_cut < (_THROTTLE_HOLD if delivered else _RECENT):
             return
         self._last_cut = now
+        if self._learnt < math.inf and delivered == 0.0:
+            # Nothing at all gets through: offering half as much would still be a storm of refused calls.
+            self._starting = False
+            self._learnt = max(1.0, min(self._learnt / 4, _FIRST_RATE / 10))
+            self._knee = 2 * self._learnt
+            self._tokens = min(self._tokens, 0.0)
+            return
         if self._learnt == math.inf and delivered == 0.0:
             # A first burst taught nothing yet: start low and double until the store says where the knee is.
             self._begin(now, _FIRST_RATE / 10)

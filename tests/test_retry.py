@@ -83,6 +83,19 @@ def test_without_the_regulator_the_same_store_is_stormed():
     assert sim.rate(sim.sent, 5, 10) > 2 * 500
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_store_that_throttles_every_call_is_asked_ever_less_and_found_again(seed):
+    """No storm of refused calls: at most 60 records/s after three seconds; full speed within 40 s of the store's."""
+    sim = Simulation(pace(seed), batch=25, latency=0.005, capacity=1e9)
+    sim.run(10)
+    sim.capacity = sim.tokens = 0.0
+    sim.run(30)
+    assert sim.rate(sim.sent, 13, 40) <= 60
+    sim.capacity = 1e9
+    sim.run(60)
+    assert sim.rate(sim.delivered, 80, 100) > 10_000
+
+
 @pytest.mark.parametrize("steady", [1_000, 50_000])
 @pytest.mark.parametrize("seed", range(5))
 def test_after_five_minutes_of_outage_the_first_second_sees_a_tenth_of_the_steady_rate(steady, seed):
