@@ -242,27 +242,16 @@ class PostgresStore:
 
     async def create(self) -> Sequence[str]:
         """Make schema, table, indexes and the gap ledger where missing."""
-        done, missing = await self._writers.run(
-            lambda link: postgres_schema.create(link.connection, self._schema, self._table), whole=False
-        )
-        if not missing:
-            return done
         patient = Connections(
             msgspec.structs.replace(self._options, command_timeout=postgres_schema.INDEX_SECONDS),
             relation=quoted(self._schema, self._table),
-            size=1,
+            size=2,
             clock=self._clock,
         )
         try:
-            for index in missing:
-
-                async def add(link: Link, index: postgres_schema.Index = index) -> Sequence[str]:
-                    return await postgres_schema.add_index(link.connection, self._schema, self._table, index)
-
-                done = [*done, *await patient.run(add, whole=False)]
+            return await postgres_schema.create(self._writers, patient, self._schema, self._table)
         finally:
             await patient.close()
-        return done
 
     async def check(self) -> Sequence[Check]:
         """Compare encoding, table, columns, rights, key and indexes with what is needed."""

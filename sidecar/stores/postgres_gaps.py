@@ -25,10 +25,16 @@ def gap_table(table: str) -> str:
     return suffixed(table, _SUFFIX)
 
 
+async def exists(connection: Connection, schema: str, table: str) -> bool:
+    """Whether the table is there."""
+    there: bool = await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", quoted(schema, gap_table(table)))
+    return there
+
+
 async def create(connection: Connection, schema: str, table: str) -> Sequence[str]:
     """Make the table where it is missing; what was done. Inside the transaction that makes the records' table."""
     name = gap_table(table)
-    if await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", quoted(schema, name)):
+    if await exists(connection, schema, table):
         return ()
     await connection.execute(
         f"CREATE TABLE {quoted(schema, name)} ("

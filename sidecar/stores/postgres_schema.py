@@ -8,22 +8,23 @@ Every index but the key ends in (log_timestamp, log_id), the order of every answ
 one index whatever its depth. What each index is worth on writes stands in ``docs/STORES.md``. ``application`` and
 ``correlation`` leave out the rows without one.
 
-``create`` never touches what is there: a table that lacks an index gets it CONCURRENTLY (writes go on), and what
-differs otherwise is for ``check`` to report.
+``create`` never touches a table or a valid index that is there: an index that is missing or invalid is made
+CONCURRENTLY (writes go on), and what differs otherwise is for ``check`` to report.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
-
-import asyncpg
 
 from sidecar.record import FIELDS
 from sidecar.stores import postgres_gaps
 from sidecar.stores.base import Check
 from sidecar.stores.identifiers import quoted, suffixed
-from sidecar.stores.postgres_connections import Connection, unique_on_log_id
+from sidecar.stores.postgres_connections import Connection, Connections, Link, unique_on_log_id
 
 _LOCK: Final = 0x5349_4445_4341_5200  # "SIDECAR\0": one creation at a time per database
+_TURN_SECONDS: Final = 0.05  # between two questions whose turn it is
 INDEX_SECONDS: Final = 24 * 3600.0
 """How long one index on a table with rows may take."""
 
@@ -110,35 +111,86 @@ def create_index(schema: str, table: str, index: Index, *, concurrently: bool = 
     return f"CREATE INDEX {how}IF NOT EXISTS {name} ON {quoted(schema, table)} {index.definition}"
 
 
-async def create(connection: Connection, schema: str, table: str) -> tuple[Sequence[str], Sequence[Index]]:
-    """Make schema and table where missing; what was done, and which indexes an older table lacks.
+async def create(short: Connections, patient: Connections, schema: str, table: str) -> Sequence[str]:
+    """Make schema, table, indexes and the gap ledger where missing; returns what was done.
 
-    Safe beside another ``create``: one at a time per database.
+    One sidecar at a time per database, by an advisory lock: two concurrent builds on one table would end in a
+    deadlock, and its victim in an invalid index. Who waits for the lock asks for it again and again, because a
+    statement that waits holds a snapshot, for whose end a concurrent build waits in turn.
+
+    Args:
+        short: for the look that usually finds everything there.
+        patient: at least two connections whose commands may take ``INDEX_SECONDS``.
+        schema: checked name.
+        table: checked name.
     """
-    done: list[str] = []
-    async with connection.transaction():
-        await connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")
-        if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", quoted(schema)):
-            await connection.execute(f"CREATE SCHEMA {quoted(schema)}")
-            done.append(f"schema {schema}")
-        if not await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", quoted(schema, table)):
-            await connection.execute(create_table(schema, table))
-            done.append(f"table {schema}.{table}")
-            for index in INDEXES:
-                await connection.execute(create_index(schema, table, index))
-                done.append(f"index {suffixed(table, index.suffix)}")
-        done.extend(await postgres_gaps.create(connection, schema, table))
-        there = await _indexes(connection, schema, table)
-    return done, [index for index in INDEXES if suffixed(table, index.suffix) not in there]
+
+    async def look(link: Link) -> bool:
+        connection = link.connection
+        return not await _incomplete(connection, schema, table) and await postgres_gaps.exists(
+            connection, schema, table
+        )
+
+    async def make(link: Link) -> Sequence[str]:
+        done: list[str] = []
+        async with _turn(link.connection):
+            done += await _make_table(link.connection, schema, table)
+        async with _turn(link.connection):  # of its own: the table must be committed before a concurrent build
+            missing = await _incomplete(link.connection, schema, table)
+            # The last query's portal, and with it a snapshot that a concurrent build would wait for, lives until
+            # the next simple statement.
+            await link.connection.execute("SELECT 1")
+            for index in missing:
+
+                async def build(other: Link, index: Index = index) -> str:
+                    return await _build_index(other.connection, schema, table, index)
+
+                done.append(await patient.run(build, whole=False))
+        return done
+
+    if await short.run(look):
+        return ()
+    return await patient.run(make, whole=False)
 
 
-async def add_index(connection: Connection, schema: str, table: str, index: Index) -> Sequence[str]:
-    """Give a table with rows one index while writes go on; not in a transaction. What was done."""
-    try:
-        await connection.execute(create_index(schema, table, index, concurrently=True))
-    except (asyncpg.DuplicateTableError, asyncpg.UniqueViolationError):
-        return ()  # another sidecar makes the same one at this moment
-    return (f"index {suffixed(table, index.suffix)}",)
+@asynccontextmanager
+async def _turn(connection: Connection) -> AsyncIterator[None]:
+    """A transaction of the one sidecar whose turn it is."""
+    while True:
+        async with connection.transaction():
+            if await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", _LOCK):
+                yield
+                return
+        await asyncio.sleep(_TURN_SECONDS)
+
+
+async def _make_table(connection: Connection, schema: str, table: str) -> Sequence[str]:
+    done = []
+    if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", quoted(schema)):
+        await connection.execute(f"CREATE SCHEMA {quoted(schema)}")
+        done.append(f"schema {schema}")
+    if not await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", quoted(schema, table)):
+        await connection.execute(create_table(schema, table))
+        done.append(f"table {schema}.{table}")
+        for index in INDEXES:
+            await connection.execute(create_index(schema, table, index))
+            done.append(f"index {suffixed(table, index.suffix)}")
+    return [*done, *await postgres_gaps.create(connection, schema, table)]
+
+
+async def _build_index(connection: Connection, schema: str, table: str, index: Index) -> str:
+    """Give a table with rows one index while writes go on. Outside of a transaction: CONCURRENTLY asks for that."""
+    name = suffixed(table, index.suffix)
+    # An invalid one is what a build leaves that was interrupted; nobody builds now, it is our turn.
+    await connection.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {quoted(schema, name)}")
+    await connection.execute(create_index(schema, table, index, concurrently=True))
+    return f"index {name}"
+
+
+async def _incomplete(connection: Connection, schema: str, table: str) -> Sequence[Index]:
+    """The indexes that are missing or invalid: all of them where the table is missing."""
+    there = await _indexes(connection, schema, table)
+    return [index for index in INDEXES if not there.get(suffixed(table, index.suffix))]
 
 
 async def check(connection: Connection, schema: str, table: str) -> Sequence[Check]:
@@ -215,7 +267,7 @@ async def _check_keys(connection: Connection, schema: str, table: str) -> Sequen
     checks = [Check("postgres.key", unique, "unique" if unique else "not unique", "a unique index on log_id alone")]
     for index in INDEXES:
         name = suffixed(table, index.suffix)
-        state = {True: "valid", False: f"invalid: REINDEX INDEX CONCURRENTLY {quoted(schema, name)}"}
+        state = {True: "valid", False: "invalid: a build was interrupted; create makes it anew"}
         valid = there.get(name)
         observed = "missing" if valid is None else state[valid]
         checks.append(Check(f"postgres.index.{name}", bool(valid), observed, f"valid, for {index.serves}"))

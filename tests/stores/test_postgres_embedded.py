@@ -17,6 +17,7 @@ from sidecar.embedded.postgres import EmbeddedError, EmbeddedPostgres
 from sidecar.errors import ConfigError
 from tests.parts.postgres import connect
 
+_SOMEBODY = postgres_programs.Account(61234, 61234)  # neither root nor whoever runs the tests
 OPTIONS = {"max_connections": "10", "shared_buffers": "16MB", "fsync": "off"}
 
 
@@ -214,11 +215,10 @@ async def test_it_runs_as_an_ordinary_user(server: EmbeddedPostgres) -> None:
 
 def test_a_directory_that_nobody_cannot_enter_is_seen(place: Path) -> None:
     """Any closed directory above counts: as root it would be refused by name before anything is made."""
-    nobody = postgres_programs.Account(65534, 65534)
     (place / "closed" / "below").mkdir(parents=True)
-    assert postgres_programs.reachable_directory(place / "closed" / "below" / "data", nobody)
+    assert postgres_programs.reachable_directory(place / "closed" / "below" / "data", _SOMEBODY)
     (place / "closed").chmod(0o700)
-    assert not postgres_programs.reachable_directory(place / "closed" / "below" / "data", nobody)
+    assert not postgres_programs.reachable_directory(place / "closed" / "below" / "data", _SOMEBODY)
 
 
 class TestPrograms:
@@ -249,12 +249,11 @@ class TestPrograms:
             (binaries / name).write_text(name)
             (binaries / name).chmod(0o755)
         programs = postgres_programs.Programs(binaries, (binaries.parent, libraries))
-        nobody = postgres_programs.Account(65534, 65534)
         copies = place / "copies"
-        assert postgres_programs.readable_for(programs, nobody, copies) == programs
+        assert postgres_programs.readable_for(programs, _SOMEBODY, copies) == programs
         home.chmod(0o700)
-        copied = postgres_programs.readable_for(programs, nobody, copies)
+        copied = postgres_programs.readable_for(programs, _SOMEBODY, copies)
         assert copied.path("postgres").read_text() == "postgres"
         assert (copied.directory / "../../../wheel.libs/libpq.so").read_text() == "library"
-        assert postgres_programs.readable_for(programs, nobody, copies) == copied
+        assert postgres_programs.readable_for(programs, _SOMEBODY, copies) == copied
         assert postgres_programs.readable_for(programs, None, copies) == programs
