@@ -8,17 +8,22 @@ the body, in the spool's database. Two guards stand before the table (semantics,
 * the **bound**: at its share of the spool's cap nothing is overwritten; the store is ``blocked`` until room is made.
 """
 
+import sqlite3
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from typing import Final, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Protocol, TypeVar
 
 from sidecar.clock import Clock
 from sidecar.errors import ConfigError
-from sidecar.spool import Counters, DeadLetter
+from sidecar.spool import Counters, DeadLetter, view
 
 _WINDOW: Final = 200  # outcomes looked at
 _ENOUGH: Final = 50  # fewer decide nothing
-_PAGE: Final = 500
+_PAGE: Final = 32  # letters of one page, bodies included: at most 11 MiB
+_KEYS: Final = 500  # of one change
+_T = TypeVar("_T")
 
 
 class Brake:
@@ -61,13 +66,55 @@ class _Letters(Protocol):
 
     def counters(self, store: str) -> Counters: ...
 
+    async def read(self, run: Callable[[sqlite3.Connection], _T]) -> _T: ...
+
     async def dead_letters(
         self, *, store: str | None, retry_class: str | None, after: int, limit: int
     ) -> Sequence[DeadLetter]: ...
 
-    async def redrive(self, keys: Sequence[int]) -> int: ...
+    async def redrive(
+        self,
+        keys: Sequence[int] | None = None,
+        *,
+        store: str | None = None,
+        retry_class: str | None = None,
+        who: str = "",
+        reason: str = "",
+    ) -> int: ...
 
-    async def discard(self, keys: Sequence[int], *, who: str, reason: str) -> int: ...
+    async def discard(
+        self,
+        keys: Sequence[int] | None = None,
+        *,
+        store: str | None = None,
+        retry_class: str | None = None,
+        who: str,
+        reason: str,
+    ) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which dead letters: every condition that is given must hold. All of them only where ``everything`` says so."""
+
+    log_ids: tuple[str, ...] = ()  # canonical texts
+    store: str | None = None
+    retry_class: str | None = None
+    everything: bool = False
+
+    def check(self) -> None:
+        """Raises ConfigError where nothing was selected, or ids together with a class, which would be a guess."""
+        if not (self.log_ids or self.store or self.retry_class or self.everything):
+            raise ConfigError(
+                "dead-letter selection",
+                seen="nothing",
+                allowed="an id, a store, a reason, or all",
+                hint="name what is meant, or say all",
+            )
+        if self.log_ids and self.retry_class:
+            raise ConfigError(
+                "dead-letter selection", seen="ids and a reason", allowed="ids, or a reason", hint="leave one out"
+            )
 
 
 class DeadLetters:
@@ -96,48 +143,17 @@ class DeadLetters:
                 yield letter
             after = page[-1].key
 
-    async def _keys(
-        self, log_id: str | None, store: str | None, retry_class: str | None, *, everything: bool
-    ) -> list[int]:
-        if log_id is None and store is None and retry_class is None and not everything:
-            raise ConfigError(
-                "dead-letter selection",
-                seen="nothing",
-                allowed="an id, a store, a reason, or all",
-                hint="name what is meant, or say all",
-            )
-        return [
-            letter.key
-            async for letter in self.every(store=store, retry_class=retry_class)
-            if (log_id is None or letter.log_id == log_id) and (letter.record is not None or store == "door")
-        ]
-
-    async def redrive(
-        self,
-        *,
-        log_id: str | None = None,
-        store: str | None = None,
-        retry_class: str | None = None,
-        everything: bool = False,
-    ) -> int:
+    async def redrive(self, chosen: Selection, *, who: str, reason: str) -> int:
         """Try matching letters again, now; each keeps its attempts and first error. Returns how many.
+
+        Those refused at the door have no store to go to and stay. Audited with ``who`` and ``reason``.
 
         Raises:
             ConfigError: nothing was selected.
         """
-        keys = await self._keys(log_id, store, retry_class, everything=everything)
-        return await self._spool.redrive(keys) if keys else 0
+        return await self._change(self._spool.redrive, chosen, who, reason)
 
-    async def discard(
-        self,
-        *,
-        who: str,
-        reason: str,
-        log_id: str | None = None,
-        store: str | None = None,
-        retry_class: str | None = None,
-        everything: bool = False,
-    ) -> int:
+    async def discard(self, chosen: Selection, *, who: str, reason: str) -> int:
         """Give matching letters up for good; audited with ``who`` and ``reason``. Returns how many.
 
         Raises:
@@ -145,5 +161,15 @@ class DeadLetters:
         """
         if not reason.strip():
             raise ConfigError("reason", seen=reason, allowed="a text", hint="say why these records may be given up")
-        keys = await self._keys(log_id, store, retry_class, everything=everything)
-        return await self._spool.discard(keys, who=who, reason=reason) if keys else 0
+        return await self._change(self._spool.discard, chosen, who, reason)
+
+    async def _change(self, change: Callable[..., Awaitable[int]], chosen: Selection, who: str, reason: str) -> int:
+        chosen.check()
+        if not chosen.log_ids:
+            return await change(store=chosen.store, retry_class=chosen.retry_class, who=who, reason=reason)
+        find = partial(view.letter_keys, log_ids=chosen.log_ids, store=chosen.store)
+        keys = await self._spool.read(find)
+        total = 0
+        for start in range(0, len(keys), _KEYS):
+            total += await change(keys[start : start + _KEYS], who=who, reason=reason)
+        return total

@@ -21,6 +21,7 @@ from aiohttp import web
 from prometheus_client import Counter
 
 from sidecar.api import errors, ingest, ops, status
+from sidecar.api.guard import GUARDED, Guard
 from sidecar.api.parts import OPS_PARTS, PARTS, ApiParts, OpsParts
 from sidecar.errors import Forbidden, SidecarError
 from sidecar.metrics import Metrics
@@ -32,10 +33,10 @@ _LOCAL: Final = ("localhost", "127.0.0.1", "[::1]")
 _HOSTS_REMEMBERED: Final = 64
 
 
-def build_app(parts: ApiParts, routes: Iterable[web.RouteDef] = ()) -> web.Application:
-    """The application listener's application; ``routes`` are the query and control parts' own."""
+def build_app(parts: ApiParts, routes: Iterable[web.RouteDef] = (), guard: Guard | None = None) -> web.Application:
+    """The application listener's application; ``routes`` are the query and control parts' own, behind ``guard``."""
     settings = parts.settings()
-    app = web.Application(middlewares=[_Door(parts.metrics, _host_names(settings.listen)).handle])
+    app = web.Application(middlewares=[_Door(parts.metrics, _host_names(settings.listen), guard).handle])
     app[PARTS] = parts
     app.add_routes(
         [
@@ -74,8 +75,9 @@ def _host_names(listen: Listen) -> frozenset[str]:
 class _Door:
     """The middleware's state. ``hosts`` None: any Host."""
 
-    def __init__(self, metrics: Metrics, hosts: Collection[str] | None) -> None:
+    def __init__(self, metrics: Metrics, hosts: Collection[str] | None, guard: Guard | None = None) -> None:
         self._metrics = metrics
+        self._guard = guard
         self._hosts = hosts
         self._passed: set[str] = set()  # Host values seen to be allowed: one for each name and port dialled
         self._counters: dict[tuple[web.AbstractResource | None, int], Counter] = {}
@@ -86,7 +88,7 @@ class _Door:
         response: web.StreamResponse
         try:
             if self._hosts is not None and request.headers.get("Host") not in self._passed:
-                self._check_host(request, self._hosts)
+                await self._check_host(request, self._hosts)
             response = await handler(request)
         except SidecarError as error:
             response = errors.from_error(error)
@@ -100,7 +102,7 @@ class _Door:
         self._count(request.match_info.route.resource, response.status)
         return response
 
-    def _check_host(self, request: web.Request, hosts: Collection[str]) -> None:
+    async def _check_host(self, request: web.Request, hosts: Collection[str]) -> None:
         if _is_unix(request):
             return
         value = request.headers.get("Host", "")
@@ -108,7 +110,10 @@ class _Door:
         if not colon or not port.isdigit():
             name = value.lower()
         if name not in hosts:
-            raise Forbidden("Host: not a name of this machine; dial localhost, or add the name to listen.hosts")
+            error = Forbidden("Host: not a name of this machine; dial localhost, or add the name to listen.hosts")
+            if self._guard is not None and request.path.startswith(GUARDED):
+                await self._guard.refused(request, error)
+            raise error
         if len(self._passed) < _HOSTS_REMEMBERED:
             self._passed.add(value)
 

@@ -31,6 +31,11 @@ class TokenFile:
         """Whether a file is named."""
         return self._path() is not None
 
+    @property
+    def name(self) -> str:
+        """The file's own name, for the audit trail; "" where none is named."""
+        return os.path.basename(self._path() or "")  # noqa: PTH119  (a text in, a text out)
+
     def check(self, request: web.BaseRequest) -> None:
         """Raises Unauthorized unless the request bears the token; an unreadable or empty file lets nobody in."""
         given = request.headers.get("Authorization", "")

@@ -14,10 +14,8 @@ import asyncio
 import logging
 import os
 import random
-import signal
 import socket
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -26,30 +24,31 @@ from prometheus_client import CollectorRegistry
 from sidecar import jsonlog
 from sidecar.api import query
 from sidecar.api.body import Budget
+from sidecar.api.control import Control
+from sidecar.api.guard import Guard
 from sidecar.api.listener import Listener
 from sidecar.api.parts import ApiParts, Found, OpsParts, Readiness
 from sidecar.api.server import build_app, build_ops
 from sidecar.api.tokens import TokenFile
 from sidecar.app import observe
-from sidecar.app.parts import FailClosed, LedgeredStore, PendingIn, ShadowTrouble, SpoolMemory
+from sidecar.app.delivery import build_delivery, build_stores
+from sidecar.app.parts import FailClosed, PendingIn, ShadowTrouble, SpoolMemory
+from sidecar.app.signals import Signals
 from sidecar.app.supervise import keep_running
 from sidecar.clock import Clock, SystemClock
 from sidecar.config import Loaded
-from sidecar.dead_letter import DeadLetters
 from sidecar.errors import ConfigError, SpoolFailed
 from sidecar.intake import Intake, Standing
 from sidecar.metrics import Metrics
 from sidecar.migration import Desired, Hold, PhaseSwitch, Transition
 from sidecar.overflow import Overflow
-from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
+from sidecar.phase import STORES, StoreName
 from sidecar.reads import Reads, Shadow, always
 from sidecar.reload import Change, Watcher, subpath_warning
 from sidecar.screening import Minter
-from sidecar.settings import MIB, Settings
-from sidecar.shipper import WINDOW_BYTES, Shipper
+from sidecar.settings import MIB
+from sidecar.shipper import Shipper
 from sidecar.spool import Spool
-from sidecar.stores.dynamodb import DynamoDBStore
-from sidecar.stores.postgres import PostgresStore
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +57,6 @@ _GRACE: Final = 1.0  # seconds that answers under way have once the door is clos
 _POLL: Final = 0.05  # seconds, while draining
 _EXIT_SPOOL_FAILED: Final = 4
 _BODIES: Final = 64 * MIB  # of all request bodies being read together
-
-
-def build_stores(settings: Settings, clock: Clock) -> dict[StoreName, LedgeredStore]:
-    """The only place that names concrete stores."""
-    return {
-        POSTGRES: PostgresStore(settings.postgres, clock=clock),
-        DYNAMODB: DynamoDBStore(settings.dynamodb, clock=clock),
-    }
 
 
 async def init_stores(loaded: Loaded) -> int:
@@ -154,7 +145,9 @@ class _Sidecar:
         self._build_delivery()
         self._intake = self._build_intake()
         self._build_reads()
-        app = build_app(self._api_parts(), query.routes(self._reads))
+        parts = self._api_parts()
+        control = self._build_control(parts)
+        app = build_app(parts, (*query.routes(self._reads), *control.routes()), control.guard)
         listener = Listener(app, self._settings.listen.app, self._settings.listen)
         for name, shipper in self._shippers.items():
             self._spawn(keep_running(name, shipper.run, clock=self._clock, died=self._died))
@@ -166,7 +159,7 @@ class _Sidecar:
             self._watch()
             self._ready = True
             log.info("ready", extra={"phase": self._switch.policy.phase.label, "app": self._settings.listen.app})
-            with _Signals(self._stop, self._watcher):
+            with Signals(self._stop, self._watcher):
                 await self._stop.wait()
             await self._drain()
         finally:
@@ -195,26 +188,16 @@ class _Sidecar:
         )
 
     def _build_delivery(self) -> None:
-        options = self._settings.spool
-        letters = DeadLetters(
-            self._spool, max_bytes=int(options.cap_bytes * options.dead_letter_share), clock=self._clock
+        self._delivery = build_delivery(
+            self._stores, self._spool, lambda: self._settings, clock=self._clock, metrics=self._metrics
         )
-        for name, store in self._stores.items():
-            self._shippers[name] = Shipper(
-                store,
-                self._spool,
-                retry=lambda: self._settings.retry,
-                dead_letters_full=partial(letters.full, name),
-                clock=self._clock,
-                metrics=self._metrics,
-                rng=random.Random(),  # noqa: S311  (jitter, not secrets)
-                window_bytes=min(WINDOW_BYTES, options.cap_bytes // 16),
-            )
+        self._shippers.update(self._delivery.shippers)
+        self._delivery.steering.restore()
         self._overflow = Overflow(
             self._spool,
             ledgers={name: store.gap_ledger for name, store in self._stores.items()},
             policy=lambda: self._switch.policy,
-            options=options,
+            options=self._settings.spool,
             instance=self._instance(),
             clock=self._clock,
         )
@@ -257,6 +240,11 @@ class _Sidecar:
             metrics=self._metrics,
             shadow=self._shadow,
         )
+
+    def _build_control(self, parts: ApiParts) -> Control:
+        token = TokenFile(lambda: self._settings.control.token_file)
+        guard = Guard(token, self._spool.audit, self._clock)
+        return Control(self._spool, self._delivery.letters, self._delivery.steering, guard, parts.budget)
 
     def _api_parts(self) -> ApiParts:
         async def get(log_id: str) -> Found:
@@ -389,6 +377,7 @@ class _Sidecar:
                 "history": switch.applied.history[-10:],
             },
             "stores": observe.delivery_status(self._spool, self._shippers, self._clock),
+            "orders": self._delivery.steering.status(),
             "spool": observe.spool_status(self._spool),
             "shadow_reads": self._shadow.status(),
             "configuration": {
@@ -431,19 +420,3 @@ class _Sidecar:
         await self._spool.set_meta("undelivered_at_exit", ",".join(f"{s}={n}" for s, n in left.items()))
         log.info("stopped", extra={f"undelivered_{name}": n for name, n in left.items()})
         return 0
-
-
-class _Signals:
-    """SIGTERM and SIGINT stop, SIGHUP looks at the configuration."""
-
-    def __init__(self, stop: asyncio.Event, watcher: Watcher) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._handlers = {signal.SIGTERM: stop.set, signal.SIGINT: stop.set, signal.SIGHUP: watcher.trigger}
-
-    def __enter__(self) -> None:
-        for number, handler in self._handlers.items():
-            self._loop.add_signal_handler(number, handler)
-
-    def __exit__(self, *_: object) -> None:
-        for number in self._handlers:
-            self._loop.remove_signal_handler(number)
