@@ -38,6 +38,7 @@ class State(StrEnum):
 
 
 _FIRST_RATE: Final = 500.0  # records/s after an outage when no steady rate is known yet
+_PROBE: Final = 25  # records of a probe at most
 _SHORT_OUTAGE: Final = 5.0  # seconds; shorter ones start again at a quarter instead of 1/32
 _GROWTH_PERIOD: Final = 0.5  # seconds per doubling of the slow start
 _THROTTLE_BACK: Final = 0.85  # of the delivered rate when throttled
@@ -80,7 +81,9 @@ class Throughput:
         """Note ``n`` delivered records."""
         self._events.append((now, n))
         self._sum += n
-        self.steady = max(self.rate(now), self.steady * 0.999)
+        self.rate(now)  # forgets what is too old
+        # Over the whole window, however young: a first burst is not a steady rate.
+        self.steady = max(self._sum / _WINDOW, self.steady * 0.999)
 
     def recent(self, now: float) -> float:
         """Records per second of the last half second: what a throttled store really took; 0 in the first second."""
@@ -152,7 +155,7 @@ class Rate:
     def recovered(self, now: float, steady: float, outage: float) -> None:
         """The first success after ``outage`` seconds: start slowly towards what was steady."""
         share = 1 / 32 if outage >= _SHORT_OUTAGE else 1 / 4
-        base = steady if steady > 0 else _FIRST_RATE * 32
+        base = min(steady, self._knee) if steady > 0 else _FIRST_RATE * 32
         self._begin(now, max(1.0, base * share * self._rng.uniform(0.7, 1.0)))
 
     def grow(self, now: float, delivered: float) -> None:
@@ -271,12 +274,19 @@ class Pace:
             self._probing = True
             self.in_flight += 1
             # A blocked store is probed with one record: a brake's cause must not cost a whole batch.
-            return Ticket(1 if self._trouble is State.BLOCKED else min(wanted, 25), self._generation, probe=True)
+            n = 1 if self._trouble is State.BLOCKED else min(wanted, self._probe_size)
+            return Ticket(n, self._generation, probe=True)
         n = self.rate.take(now, wanted, self.throughput.rate(now))
         if n == 0:
             return None
         self.in_flight += 1
         return Ticket(n, self._generation, probe=False)
+
+    @property
+    def _probe_size(self) -> int:
+        """Records of one probe: little beside the steady rate, so that it is no storm by itself."""
+        steady = self.throughput.steady
+        return _PROBE if steady == 0 else max(1, min(_PROBE, int(steady / 50)))
 
     def cancel(self, ticket: Ticket) -> None:
         """The call was not made after all."""

@@ -116,6 +116,22 @@ def test_after_five_minutes_of_outage_the_first_second_sees_a_tenth_of_the_stead
     assert sim.rate(sim.delivered, first + 8, first + 18) > 0.8 * steady
 
 
+@pytest.mark.parametrize("capacity", [150, 1_500, 15_000])
+@pytest.mark.parametrize("seed", range(5))
+def test_after_an_outage_a_throttling_store_is_offered_a_tenth_of_its_rate_in_the_first_second(capacity, seed):
+    """The rate learnt from throttling is the one that the slow start begins from, probe included."""
+    sim = Simulation(pace(seed), batch=25, latency=0.005, capacity=capacity)
+    sim.run(20)
+    sim.up = False
+    sim.run(300)
+    sim.up = True
+    before = len(sim.delivered)
+    sim.run(40)
+    first = sim.delivered[before][0]
+    assert sim.rate(sim.sent, first - 0.01, first + 0.99) <= 0.1 * capacity
+    assert sim.rate(sim.delivered, first + 10, first + 30) >= 0.7 * capacity
+
+
 def test_while_a_store_is_down_one_call_at_a_time_is_under_way():
     """However many calls fail together, one outage is one back-off step, and then one probe flies at a time."""
     p = pace()
