@@ -5,6 +5,7 @@ and marked, so that its intervals grow together.
 """
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -282,24 +283,25 @@ class StoreCursor:
 def _fetch(connection: sqlite3.Connection, lo: int, hi: int, mask: int, bounds: tuple[int, int]) -> tuple[Found, int]:
     """Headers from lo to hi, bodies of those owed to the mask within the bounds; and up to where all was looked at."""
     found: Found = []
-    records = size = 0
+    records = size = taken = 0
     max_records, max_bytes = bounds
-    headers = connection.execute(
-        f"SELECT {HEADER_COLUMNS} FROM frames WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT {_HEADERS}", (lo, hi)
-    ).fetchall()
-    taken = 0
-    for values in headers:
-        header = Header(*values)
-        body = None
-        if not header.sound:
-            found.append((header, None))
-            return found, header.seq
-        if header.owed & mask or header.flags & UNRESOLVED:
-            records += header.n
-            size += header.size
-            if taken and (records > max_records or size > max_bytes):
-                return found, header.seq - 1
-            taken += 1
-            (body,) = connection.execute("SELECT body FROM frames WHERE seq = ?", (header.seq,)).fetchone()
-        found.append((header, body))
-    return found, (headers[-1][0] if len(headers) == _HEADERS else hi)
+    query = f"SELECT {HEADER_COLUMNS} FROM frames WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT {_HEADERS}"
+    # Row by row: the index of a large frame is 20 KB. Closed at the end: a half-read SELECT blocks checkpoints (trap 3)
+    with contextlib.closing(connection.execute(query, (lo, hi))) as headers:
+        for values in headers:
+            header = Header(*values)
+            body = None
+            if not header.sound:
+                found.append((header, None))
+                return found, header.seq
+            if header.owed & mask or header.flags & UNRESOLVED:
+                records += header.n
+                size += header.size
+                if taken and (records > max_records or size > max_bytes):
+                    return found, header.seq - 1
+                taken += 1
+                (body,) = connection.execute("SELECT body FROM frames WHERE seq = ?", (header.seq,)).fetchone()
+            found.append((header, body))
+            if records >= max_records:
+                return found, header.seq
+    return found, (found[-1][0].seq if len(found) == _HEADERS else hi)

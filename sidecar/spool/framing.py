@@ -23,7 +23,7 @@ UNRESOLVED: Final = 1  # flag: to whom the frame is owed is decided later
 PREFIX: Final = struct.Struct("<II")
 HEADER_COLUMNS: Final = "seq, phase, owed, required, flags, n, bytes, accepted_us, t0, t1, crc, ids"
 _ID: Final = 16
-_SIGNED: Final = struct.Struct("<QqQQIIQqqq")
+SMALL: Final = struct.Struct("<QqQQIIQqqq")
 
 
 class Header(NamedTuple):
@@ -89,7 +89,7 @@ class Unpacked(NamedTuple):
 
 def checksum(small: tuple[int, ...], ids: bytes) -> int:
     """crc32 of a frame's ten small columns (seq to t1) and its index."""
-    return crc32(ids, crc32(_SIGNED.pack(*small)))
+    return crc32(ids, crc32(SMALL.pack(*small)))
 
 
 def pack(records: Sequence[LogRecord], encoded: Sequence[bytes]) -> list[Chunk]:

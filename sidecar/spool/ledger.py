@@ -204,20 +204,24 @@ class Ledger:
                 account.weak_records += header.n
             account.dirty = True
 
-    def found(self, header: Header, settled: int) -> None:
-        """A frame (an effective header) was in the file when it was opened; ``settled`` is the mask of stores."""
-        for bit in single_bits(header.owed):
+    def found(self, owed: int, required: int, settled: int, fresh: int, amount: tuple[int, int]) -> None:
+        """Frames were in the file when it was opened: (records, bytes) with one obligation, settled for a mask.
+
+        ``fresh`` is the mask of stores whose durable ``accepted`` has not got them yet.
+        """
+        records, size = amount
+        for bit in single_bits(owed):
             account = self.by_mask[bit]
-            if header.seq > account.accepted_seq:
-                account.owed += header.n
+            if fresh & bit:
+                account.owed += records
             if settled & bit:
-                for other in single_bits(header.owed & ~settled):
-                    self.frame_pairs[bit, other] += header.n
+                for other in single_bits(owed & ~settled):
+                    self.frame_pairs[bit, other] += records
                 continue
-            account.frame_records += header.n
-            account.frame_bytes += header.size
-            if not header.required & bit:
-                account.weak_records += header.n
+            account.frame_records += records
+            account.frame_bytes += size
+            if not required & bit:
+                account.weak_records += records
 
     def settle(
         self,

@@ -4,7 +4,7 @@ import contextlib
 import sqlite3
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -13,8 +13,8 @@ from sidecar.errors import SpoolFailed, SpoolLocked
 from sidecar.settings import Dedup
 from sidecar.settings import Spool as SpoolSettings
 from sidecar.spool import disk, divergence, progress, recovery, schema
-from sidecar.spool.framing import HEADER_COLUMNS, UNRESOLVED, Header
 from sidecar.spool.ledger import Account, Ledger, Resolution
+from sidecar.spool.recount import recount
 from sidecar.spool.types import RecoveryReport, Seen
 from sidecar.spool.window import SeenRows
 
@@ -58,15 +58,6 @@ class _Missing(Exception):
 
 _DAMAGE: Final = (sqlite3.Error, _Missing, KeyError, TypeError, ValueError, struct.error)
 """What damaged values lead to when a file is read: a NULL or a text where a number was, an unknown name."""
-
-
-@dataclass(slots=True)
-class _Scan:
-    """What the frames of the file add up to."""
-
-    settled: list[tuple[int, int]] = field(default_factory=list)  # by all, not yet deleted (trap 4)
-    unsound: list[int] = field(default_factory=list)
-    oldest_us: dict[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +170,7 @@ def _load(
         connection.execute("BEGIN IMMEDIATE")
         recovery.compare(connection, last, found, quarantine)
         ledger = _ledger(connection, plan.stores, last, found)
-        scan = _scan(connection, ledger)
+        scan = recount(connection, ledger)
         recovery.set_aside_frames(connection, ledger, scan.unsound, found, quarantine)
         for lo, hi in scan.settled:
             connection.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (lo, hi))
@@ -242,30 +233,6 @@ def _ledger(
         if present in names and missing in names:
             ledger.corrections[names[present], names[missing]] += records
     return ledger
-
-
-def _scan(connection: sqlite3.Connection, ledger: Ledger) -> _Scan:
-    """Recount everything from the headers; the bodies are not read."""
-    scan = _Scan()
-    for values in connection.execute(f"SELECT {HEADER_COLUMNS} FROM frames ORDER BY seq"):
-        header = Header(*values)
-        if not header.sound:
-            scan.unsound.append(header.seq)
-            continue
-        header = ledger.effective(header)
-        if header.flags & UNRESOLVED:
-            ledger.accepted(header)
-            continue
-        settled = ledger.settled(header)
-        if settled == header.owed:
-            if scan.settled and scan.settled[-1][1] == header.seq - 1:
-                scan.settled[-1] = (scan.settled[-1][0], header.seq)
-            else:
-                scan.settled.append((header.seq, header.seq))
-        ledger.found(header, settled)
-        for bit in divergence.single_bits(header.owed & ~settled):
-            scan.oldest_us.setdefault(ledger.by_mask[bit].name, header.accepted_us)
-    return scan
 
 
 def _leftovers(connection: sqlite3.Connection, ledger: Ledger, door: Account, clock: Clock) -> None:

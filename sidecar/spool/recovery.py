@@ -276,7 +276,7 @@ def set_aside_frames(
             small = (ledger.last_seq, kept_phase, owed, required, 0, len(chunk.sizes), len(chunk.body), at_us)
             header = framing.seal((*small, chunk.t0, chunk.t1), chunk.ids + chunk.lengths)
             salvage.put_frames(connection, [salvage.SavedFrame(header, chunk.body)])
-            ledger.found(header, 0)
+            ledger.found(owed, required, 0, every, (header.n, header.size))
             found.salvaged += header.n
     if seqs:
         found.lower_bound = True
