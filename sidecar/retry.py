@@ -85,11 +85,11 @@ class Throughput:
         # Over the whole window, however young: a first burst is not a steady rate.
         self.steady = max(self._sum / _WINDOW, self.steady * 0.999)
 
-    def recent(self, now: float) -> float:
-        """Records per second of the last half second: what a throttled store really took; 0 in the first second."""
+    def recent(self, now: float) -> float | None:
+        """Records per second of the last half second: what a throttled store really took; None: too young to tell."""
         total = 0
-        if not self._events or self._events[0][0] > now - 2 * _RECENT:
-            return 0.0
+        if self._events and self._events[0][0] > now - 2 * _RECENT:
+            return None
         for at, n in reversed(self._events):
             if at < now - _RECENT:
                 break
@@ -123,9 +123,9 @@ class Rate:
         """Records per second that may be sent now; ``inf`` where nothing limits."""
         return self._learnt if self.manual is None else min(self._learnt, self.manual)
 
-    def throttled(self, now: float, delivered: float) -> None:
-        """The store asked us to slow down while ``delivered`` records/s (the last half second) got through."""
-        if now - self._last_cut < (_THROTTLE_HOLD if delivered else _RECENT):
+    def throttled(self, now: float, delivered: float | None) -> None:
+        """The store asked us to slow down while ``delivered`` records/s (last half second; None: unknown) got through."""
+        if now - self._last_cut < (_RECENT if delivered == 0.0 else _THROTTLE_HOLD):
             return
         self._last_cut = now
         if self._learnt < math.inf and delivered == 0.0:
@@ -135,13 +135,13 @@ class Rate:
             self._knee = 2 * self._learnt
             self._tokens = min(self._tokens, 0.0)
             return
-        if self._learnt == math.inf and delivered == 0.0:
+        if self._learnt == math.inf and not delivered:
             # A first burst taught nothing yet: start low and double until the store says where the knee is.
             self._begin(now, _FIRST_RATE / 10)
             return
         self._starting = False
         floor = 1.0 if self._learnt == math.inf else self._learnt / 2
-        self._knee = max(floor, min(self._learnt, delivered))
+        self._knee = max(floor, min(self._learnt, delivered or 0.0))
         self._learnt = max(1.0, self._knee * _THROTTLE_BACK)
         self._tokens = min(self._tokens, 0.0)
 
