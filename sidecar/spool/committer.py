@@ -319,17 +319,15 @@ class Committer:
                 connection.execute(_WRITTEN, (str(self._last_seq),))
             connection.execute("COMMIT")
         except sqlite3.Error as exc:
-            if schema.code(exc) == sqlite3.SQLITE_FULL and connection.in_transaction:
-                connection.execute("ROLLBACK")
+            if schema.code(exc) == sqlite3.SQLITE_FULL:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                self._seen.rolled_back(connection)
             raise
         now = time.perf_counter()
         self._commit_seconds = now - started
-        for entry in entries:
-            for store in divergence.single_bits(entry.header.owed):
-                bit = store.bit_length() - 1
-                self._accepted[bit] = self._accepted.get(bit, 0) + entry.header.n
         if entries or durable:
-            self._position.write(disk.RUNNING, self._last_seq, self._accepted)
+            self._remember(entries)
         self._wal_pages += 3 + len(writes) + sum(2 + e.header.size // 4000 for e in entries)
         due = now - self._stats_at > _STATS_EVERY or any(write.measured for write in writes)
         stats = self._stats() if due else None
@@ -344,6 +342,14 @@ class Committer:
             _tell(answers)
 
         self._post(tell)
+
+    def _remember(self, entries: Sequence[Entry]) -> None:
+        """Note how far acknowledgements go, beside the database."""
+        for entry in entries:
+            for store in divergence.single_bits(entry.header.owed):
+                bit = store.bit_length() - 1
+                self._accepted[bit] = self._accepted.get(bit, 0) + entry.header.n
+        self._position.write(disk.RUNNING, self._last_seq, self._accepted)
 
     def _insert(self, appends: Sequence[Append]) -> list[Entry]:
         now_us = self._clock.now_us()

@@ -223,7 +223,10 @@ class Ballast:
             return False
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            os.posix_fallocate(fd, 0, self._size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, self._size)
+            else:  # macOS, for development
+                os.truncate(fd, self._size)
             os.fsync(fd)
         except OSError:  # no room after all: the file must not stay half made
             self._path.unlink(missing_ok=True)

@@ -49,14 +49,18 @@ def write(connection: sqlite3.Connection, snapshot: Snapshot) -> Written:
         deferring |= {row.store for row in exceptional.rows if row.state == DEFERRED}
     for lo, hi in snapshot.trims:
         connection.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (lo, hi))
-    for present, missing, records in snapshot.differences:
-        connection.execute(
-            "INSERT INTO differences VALUES((SELECT name FROM progress WHERE bit = ?),"
-            " (SELECT name FROM progress WHERE bit = ?), ?)"
-            " ON CONFLICT(present_in, missing_from) DO UPDATE SET records = records + excluded.records",
-            (present, missing, records),
-        )
+    add_differences(connection, snapshot.differences)
     return Written(changed, [refresh(connection, store) for store in deferring])
+
+
+def add_differences(connection: sqlite3.Connection, differences: Sequence[tuple[int, int, int]]) -> None:
+    """Add to the closed part of the divergence: (bit present in, bit missing from, records)."""
+    connection.executemany(
+        "INSERT INTO differences VALUES((SELECT name FROM progress WHERE bit = ?),"
+        " (SELECT name FROM progress WHERE bit = ?), ?)"
+        " ON CONFLICT(present_in, missing_from) DO UPDATE SET records = records + excluded.records",
+        differences,
+    )
 
 
 def _changed(row: Progress, mark: MarkRow) -> Progress:

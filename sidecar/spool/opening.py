@@ -12,7 +12,7 @@ from sidecar.clock import Clock
 from sidecar.errors import SpoolFailed, SpoolLocked
 from sidecar.settings import Dedup
 from sidecar.settings import Spool as SpoolSettings
-from sidecar.spool import disk, divergence, progress, recovery, schema
+from sidecar.spool import disk, divergence, marks, progress, recovery, schema
 from sidecar.spool.ledger import Account, Ledger, Resolution
 from sidecar.spool.recount import recount
 from sidecar.spool.types import RecoveryReport, Seen
@@ -174,6 +174,7 @@ def _load(
         recovery.set_aside_frames(connection, ledger, scan.unsound, found, quarantine)
         for lo, hi in scan.settled:
             connection.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (lo, hi))
+        _close_accounts(connection, ledger)
         door = Account(schema.DOOR, 0)
         _leftovers(connection, ledger, door, plan.clock)
         _balance(connection, ledger, last, found)
@@ -233,6 +234,25 @@ def _ledger(
         if present in names and missing in names:
             ledger.corrections[names[present], names[missing]] += records
     return ledger
+
+
+def _close_accounts(connection: sqlite3.Connection, ledger: Ledger) -> None:
+    """Marks of discarded and quarantined records whose frame is gone move to ``differences``, where nothing is open.
+
+    Resolutions of frames that are gone go too.
+    """
+    connection.execute(
+        "DELETE FROM resolutions WHERE NOT EXISTS (SELECT 1 FROM frames WHERE seq BETWEEN lo AND hi AND flags)"
+    )
+    closed = connection.execute(
+        "SELECT seq, idx, max(owed), sum(1 << bit) FROM leftovers JOIN progress ON name = store"
+        " WHERE seq NOT IN (SELECT seq FROM frames) GROUP BY seq, idx HAVING min(state) >= ?",
+        (schema.DISCARDED,),
+    ).fetchall()
+    moved = divergence.total((owed, owed, missing) for _, _, owed, missing in closed)
+    ledger.corrections.update(moved)
+    marks.add_differences(connection, [(a.bit_length() - 1, b.bit_length() - 1, n) for (a, b), n in moved.items()])
+    connection.executemany("DELETE FROM leftovers WHERE seq = ? AND idx = ?", [(seq, idx) for seq, idx, *_ in closed])
 
 
 def _leftovers(connection: sqlite3.Connection, ledger: Ledger, door: Account, clock: Clock) -> None:

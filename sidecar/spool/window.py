@@ -51,6 +51,14 @@ class SeenRows:
         self.ids += n
         self.trim(connection)
 
+    def rolled_back(self, connection: sqlite3.Connection) -> None:
+        """The transaction did not happen: take the rows as the file has them."""
+        ages = {line: at for line, at, _ in self._rows}
+        now = self._clock.monotonic()
+        rows = connection.execute("SELECT line, n FROM seen ORDER BY line").fetchall()
+        self._rows = deque((line, ages.get(line, now), n) for line, n in rows)
+        self.ids = sum(n for _, n in rows)
+
     def trim(self, connection: sqlite3.Connection) -> None:
         """Delete rows that are too old or too many; whole rows, so that a few more than ``max_ids`` may stay."""
         oldest = self._clock.monotonic() - self._settings.window

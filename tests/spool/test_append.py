@@ -7,13 +7,14 @@ import stat
 import pytest
 
 from sidecar.errors import Busy, SpoolFailed
-from sidecar.settings import MIB
+from sidecar.settings import MIB, Dedup
 from sidecar.spool import Seen
 from tests.spool.harness import (
     BOTH,
     DUAL,
     DYNAMO,
     SQL_ONLY,
+    ManualClock,
     balanced,
     crash_copy,
     dead,
@@ -296,6 +297,20 @@ async def test_the_dedup_window_comes_back(tmp_path):
     async with spool_at(copy) as again:
         assert [(s.log_id, s.content) for s in again.window()] == [(s.log_id, s.content) for s in pairs]
         assert all(s.expires_us > 0 for s in again.window())
+
+
+async def test_the_dedup_window_is_trimmed_by_count_and_by_age(tmp_path):
+    """Whole commits leave it when there are more than max_ids newer pairs, or when they are older than the window."""
+    clock = ManualClock()
+    async with spool_at(tmp_path, clock=clock, dedup=Dedup(max_ids=6, window=60.0)) as spool:
+        for i in range(10):
+            await put(spool, records(1), seen=[Seen(bytes([i]) * 16, bytes(16)), Seen(bytes([i + 50]) * 16, bytes(16))])
+        assert spool.state().dedup_ids == 6
+        clock.pass_time(61)
+        await put(spool, records(1), seen=[Seen(b"z" * 16, bytes(16))])
+        assert spool.state().dedup_ids == 1
+    async with spool_at(tmp_path) as again:
+        assert [s.log_id for s in again.window()] == [b"z" * 16]
 
 
 async def test_directory_and_files_are_private(tmp_path):
