@@ -49,6 +49,7 @@ class Link:
     """An open connection and what was found when it was opened."""
 
     connection: Connection
+    seen: bool  # the table was there; a connection from before it is not kept, for what it knows is nothing
     copies: bool  # COPY into the table has the effect of an insert: a plain table, no trigger, rule or policy
     settings: tuple[str, ...]  # what is to be set here, ``name = value``
 
@@ -157,6 +158,7 @@ class Connections:
             parting.add_done_callback(self._partings.discard)
         elif (
             self._closed
+            or not link.seen
             or connection.is_closed()
             or connection.is_in_transaction()
             or (error is not None and spends_connection(error))
@@ -221,7 +223,7 @@ class Connections:
         async def look(link: Link) -> asyncpg.Record | None:
             return await link.connection.fetchrow(_PROBE, self._relation, longest)
 
-        link = Link(connection, copies=False, settings=())
+        link = Link(connection, seen=False, copies=False, settings=())
         found = await (_in_transaction(link, look) if self._options.pgbouncer else look(link))
         if found is None:
             return link
@@ -232,7 +234,7 @@ class Connections:
             wanted.append(f"statement_timeout = {longest}")
         if wanted and not self._options.pgbouncer:
             await connection.execute("; ".join(f"SET {each}" for each in wanted))
-        return Link(connection, found["copies"], tuple(wanted))
+        return Link(connection, found["seen"], found["copies"], tuple(wanted))
 
 
 async def _in_transaction(link: Link, work: Callable[[Link], Awaitable[T]]) -> T:
@@ -262,6 +264,7 @@ def unique_on_log_id(relation: str) -> str:
 _PROBE: Final = f"""
 SELECT current_setting('synchronous_commit') = 'off' AS weak,
        (SELECT setting::bigint NOT BETWEEN 1 AND $2 FROM pg_settings WHERE name = 'statement_timeout') AS patient,
+       c.oid IS NOT NULL AS seen,
        coalesce(c.relkind IN ('r', 'p')
            AND NOT row_security_active(c.oid)
            AND NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND NOT g.tgisinternal)

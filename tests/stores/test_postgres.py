@@ -13,6 +13,7 @@ from sidecar.errors import ConfigError, RetryClass, StoreError
 from sidecar.record import LogRecord
 from sidecar.stores.base import ByApplication, ByCorrelation, ByService, CountQuery, ErrorsOn
 from sidecar.stores.postgres import PostgresStore, Statements
+from tests.parts.postgres import connect
 from tests.parts.postgres_relay import Relay
 from tests.stores.records import BASE, DAY, log_id, record, records
 
@@ -87,6 +88,22 @@ class TestTwoWays:
         await self._note(postgres_admin)
         await postgres_store.write(records(5))
         assert [tuple(r) for r in await postgres_admin.fetch("SELECT what FROM noted")] == [("COPY",)]
+
+    async def test_new_records_are_copied_by_the_store_that_made_the_table(
+        self, postgres_empty: settings.Postgres
+    ) -> None:
+        """What was looked at before there was a table is looked at again."""
+        store = PostgresStore(postgres_empty, clock=SystemClock())
+        with pytest.raises(StoreError):
+            await store.write([record(1)])
+        await store.create()
+        await store.write([record(1)])
+        admin = await connect(postgres_empty)
+        await self._note(admin)
+        await store.write([record(2)])
+        assert [tuple(r) for r in await admin.fetch("SELECT what FROM noted")] == [("COPY",)]
+        await store.close()
+        await admin.close()
 
     async def test_a_table_with_a_trigger_is_not_copied_into(
         self, postgres: settings.Postgres, postgres_admin: asyncpg.Connection
