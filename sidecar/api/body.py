@@ -93,11 +93,11 @@ async def read_body(request: web.BaseRequest, coding: str, *, limit: int, patien
     if content.is_eof() and coding in ("", "identity"):  # the usual case: it came with the headers
         whole = _nowait(content)
         if len(whole) > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         return whole
     announced = request.content_length
     if announced is not None and announced > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
     body = _Body(limit, budget)
     try:
         async with asyncio.timeout(patience):
@@ -137,7 +137,7 @@ class _Body:
     def add(self, part: bytes) -> None:
         self.size += len(part)
         if self.size > self.limit:
-            raise _too_large(self.limit)
+            raise too_large(self.limit)
         over = self.size - _FREE - self._taken
         if over > 0:
             self._budget.take(over)
@@ -163,7 +163,8 @@ def _framing(error: Exception) -> MalformedBody:
     return MalformedBody(f"the body's framing is broken ({type(error).__name__}); nothing was stored")
 
 
-def _too_large(limit: int) -> TooLarge:
+def too_large(limit: int) -> TooLarge:
+    """The error of a body over ``limit`` bytes."""
     return TooLarge(f"the body is larger than {limit} bytes (after decompression); send fewer records at a time")
 
 
@@ -178,7 +179,7 @@ async def _inflated(content: StreamReader, coding: str, body: _Body) -> None:
     while part := await content.readany():
         sent += len(part)
         if sent > body.limit:
-            raise _too_large(body.limit)
+            raise too_large(body.limit)
         await stream.feed(part)
     stream.end()
 

@@ -1,13 +1,14 @@
 """POST /logs: what the client sent and prefers -> intake -> what each answer means (semantics, section 3)."""
 
 import re
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 from aiohttp import web
 
 from sidecar.api.body import encoding_of, read_body
-from sidecar.api.errors import answer, error_answer
-from sidecar.api.parts import PARTS
+from sidecar.api.errors import answer
+from sidecar.api.parts import PARTS, ApiParts
 from sidecar.errors import BadRequest, UnsupportedMedia
 from sidecar.intake import Outcome
 from sidecar.screening import Form, Refused, check_key
@@ -42,6 +43,29 @@ async def post_logs(request: web.Request) -> web.Response:
         patience=settings.listen.body_timeout,
         budget=parts.budget,
     )
+    return answer(*await accept(parts, body, form, key=key, strict=strict, wait=wait))
+
+
+class Words(NamedTuple):
+    """An answer before it is rendered."""
+
+    status: int
+    payload: Mapping[str, object]
+    headers: Mapping[str, str]
+
+
+async def accept(
+    parts: ApiParts,
+    body: bytes,
+    form: Form,
+    *,
+    key: str | None = None,
+    strict: bool = False,
+    wait: float | None = None,
+) -> Words:
+    """Hand a whole body to intake and word what became of it. Raises what ``Intake.accept`` raises."""
+    if wait is None:
+        wait = _wait((), parts.settings().ingest)
     outcome = await parts.intake.accept(body, form, key=key, strict=strict, wait=wait)
     return _batch(outcome, wait) if outcome.batch else _single(outcome, wait)
 
@@ -87,7 +111,7 @@ def _applied(wait: float | None) -> dict[str, str]:
     return {} if wait is None else {"Preference-Applied": f"wait={wait:g}"}
 
 
-def _single(outcome: Outcome, wait: float | None) -> web.Response:
+def _single(outcome: Outcome, wait: float | None) -> Words:
     payload: dict[str, object] = {
         "log_id": outcome.log_ids[0],
         "status": "stored" if outcome.stored else "accepted",
@@ -98,18 +122,14 @@ def _single(outcome: Outcome, wait: float | None) -> web.Response:
         payload["correlation_id"] = outcome.correlation_id
     if outcome.states:
         payload["stores"] = outcome.states[0]
-    return answer(201 if outcome.stored else 202, payload, _applied(wait))
+    return Words(201 if outcome.stored else 202, payload, _applied(wait))
 
 
-def _batch(outcome: Outcome, wait: float | None) -> web.Response:
+def _batch(outcome: Outcome, wait: float | None) -> Words:
     errors = [_error(one) for one in outcome.refused]
     if not outcome.committed:
-        return error_answer(
-            422,
-            "batch_refused",
-            f"{len(errors)} records were refused and strict=true was asked for, so nothing was stored; mend them",
-            errors=errors,
-        )
+        message = f"{len(errors)} records were refused and strict=true was asked for, so nothing was stored; mend them"
+        return Words(422, {"error": {"code": "batch_refused", "message": message, "errors": errors}}, {})
     accepted = sum(log_id is not None for log_id in outcome.log_ids)
     stored = outcome.stored and accepted > 0
     payload: dict[str, object] = {
@@ -126,7 +146,7 @@ def _batch(outcome: Outcome, wait: float | None) -> web.Response:
         ]
     if errors:
         payload["errors"] = errors
-    return answer(207 if errors else 201 if stored else 202, payload, _applied(wait))
+    return Words(207 if errors else 201 if stored else 202, payload, _applied(wait))
 
 
 def _error(refused: Refused) -> dict[str, object]:

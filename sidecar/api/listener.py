@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from sidecar.api import errors
+from sidecar.api.express import EXPRESS, Express, Lane
 from sidecar.errors import ConfigError
 from sidecar.settings import Listen
 
@@ -59,17 +60,53 @@ class _Refusal(asyncio.Protocol):
 
 
 class _Connection(web.RequestHandler):
-    """aiohttp's connection, with a bound on the time that a request's head may take."""
+    """aiohttp's connection, with an express lane and a bound on the time that a request's head may take."""
 
-    __slots__ = ("_head_timeout", "_head_timer", "_leave")
+    __slots__ = ("_express", "_head_timeout", "_head_timer", "_lane", "_leave")
 
-    def __init__(self, head_timeout: float, leave: Callable[[], None], server: web.Server, **options: Any) -> None:
+    def __init__(
+        self,
+        head_timeout: float,
+        leave: Callable[[], None],
+        express: Express | None,
+        server: web.Server,
+        **options: Any,
+    ) -> None:
         super().__init__(server, **options)
+        self._express = express
+        self._lane: Lane | None = None
         self._head_timeout = head_timeout
         self._head_timer: asyncio.TimerHandle | None = None
         self._leave = leave
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self._express is not None and isinstance(transport, asyncio.Transport):
+            self._lane = Lane(self._express, transport, self._express_answered)
+
+    def _express_answered(self) -> None:
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if self._lane is not None:
+            self._general(self._lane.go_on())
+
     def data_received(self, data: bytes) -> None:
+        if self._lane is None:
+            self._general(data)
+        elif not self._force_close and not self._close:
+            self._general(self._lane.feed(data))
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109  (the base's signature)
+        """Let the request of the express lane finish first."""
+        task = None if self._lane is None else self._lane.task
+        if task is not None:
+            await asyncio.wait((task,), timeout=timeout)
+        await super().shutdown(timeout)
+
+    def _general(self, data: bytes | None) -> None:
+        """What is not the express lane's goes to aiohttp, and then all that follows on this connection."""
+        if data is None:
+            return
+        self._lane = None
         super().data_received(data)
         waiter = self._waiter
         if waiter is not None and not waiter.done():  # still waiting for a request, though bytes came: half a head
@@ -82,6 +119,8 @@ class _Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
+        if self._lane is not None:
+            self._lane.close()
         self._leave()
         super().connection_lost(exc)
 
@@ -122,6 +161,7 @@ class Listener:
         self._address = address
         self._limits = limits
         self._runner = web.AppRunner(app, access_log=None)
+        self._express = app.get(EXPRESS)
         self._server: asyncio.Server | None = None
         self._open = 0
 
@@ -187,6 +227,7 @@ class Listener:
         return _Connection(
             self._limits.header_timeout,
             self._left,
+            self._express,
             server,
             loop=asyncio.get_running_loop(),
             access_log=None,

@@ -21,6 +21,7 @@ from aiohttp import web
 from prometheus_client import Counter
 
 from sidecar.api import errors, ingest, ops, status
+from sidecar.api.express import EXPRESS, Express
 from sidecar.api.guard import GUARDED, Guard
 from sidecar.api.parts import OPS_PARTS, PARTS, ApiParts, OpsParts
 from sidecar.errors import Forbidden, SidecarError
@@ -36,8 +37,10 @@ _HOSTS_REMEMBERED: Final = 64
 def build_app(parts: ApiParts, routes: Iterable[web.RouteDef] = (), guard: Guard | None = None) -> web.Application:
     """The application listener's application; ``routes`` are the query and control parts' own, behind ``guard``."""
     settings = parts.settings()
-    app = web.Application(middlewares=[_Door(parts.metrics, _host_names(settings.listen), guard).handle])
+    hosts = _host_names(settings.listen)
+    app = web.Application(middlewares=[_Door(parts.metrics, hosts, guard).handle])
     app[PARTS] = parts
+    app[EXPRESS] = Express(parts, None if settings.listen.app.startswith("unix:") else hosts)
     app.add_routes(
         [
             web.post("/logs", ingest.post_logs, expect_handler=_expect),

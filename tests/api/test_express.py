@@ -1,0 +1,180 @@
+"""The express lane: the same answers as aiohttp's, whatever is sent and however it is cut."""
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+
+from sidecar.settings import Ingest, Listen, Settings
+from tests.api.door import Door, open_door
+from tests.parts.sidecar import eventually
+
+GOOD = b'{"service_name": "svc", "correlation_id": "c"}'
+
+
+@pytest.fixture
+async def door(tmp_path) -> AsyncIterator[Door]:
+    """A running door with short times."""
+    settings = Settings(listen=Listen(body_timeout=0.3), ingest=Ingest(max_body_bytes=50_000))
+    async with open_door(tmp_path, settings) as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def connected(door: Door):
+    """A raw connection to the door."""
+    host, _, port = door.listener.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def request(body: bytes, *lines: str, path: str = "/logs", method: str = "POST") -> bytes:
+    """One request's bytes."""
+    head = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *lines]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], dict]:
+    """Status, headers (lower case) and document of one answer."""
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)).decode()
+    status, *lines = head.strip().split("\r\n")
+    headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    body = await reader.readexactly(int(headers["content-length"]))
+    return int(status.split()[1]), headers, json.loads(body)
+
+
+def lanes(door: Door) -> int:
+    """How many connections are in the express lane now."""
+    return sum(getattr(c, "_lane", None) is not None for c in door.listener._runner.server.connections)
+
+
+BODIES = [
+    (GOOD, ()),
+    (b"[" + GOOD + b"," + GOOD + b"]", ()),
+    (b"[" + GOOD + b',{"service_name": 5}]', ()),
+    (GOOD + b"\n" + GOOD, ("Content-Type: application/x-ndjson",)),
+    (GOOD, ("Content-Type: application/json; charset=utf-8",)),
+    (b"{", ()),
+    (b'{"service_name": ""}', ()),
+    (b'{"service_name": "\\u0000"}', ()),
+    (b'"text"', ()),
+    (b"\xff", ()),
+    (b"[]", ()),
+    (b'{"service_name": "svc", "request_data": "' + b"x" * 60_000 + b'"}', ()),
+    (
+        b'{"service_name":"s","log_id":"00000000-0000-7000-8000-000000000001","log_timestamp":"2026-01-01T00:00:00Z"}',
+        (),
+    ),
+    (
+        b'{"service_name":"t","log_id":"00000000-0000-7000-8000-000000000001","log_timestamp":"2026-01-01T00:00:00Z"}',
+        (),
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "lines"), BODIES)
+async def test_both_lanes_give_the_same_answer(door, body, lines):
+    """Status, headers and document are equal, but for ids, dates and what a resend is told."""
+    seen = []
+    for extra in ((), ("X-Unknown: 1",)):
+        async with connected(door) as (reader, writer):
+            writer.write(request(body, *lines, *extra))
+            status, headers, document = await answer(reader)
+            assert lanes(door) == (1 if not extra else 0)
+            document.pop("duplicate", None)
+            document.pop("duplicates", None)
+            text = re.sub(r"[0-9a-f-]{36}", "ID", json.dumps(document, sort_keys=True))
+            headers.pop("date")
+            seen.append((status, sorted(headers.items()) if status != 413 else (), text))
+    # The length differs where the document's resend marks differ; it is compared with the text otherwise.
+    strip = [(s, [h for h in hs if h[0] not in ("content-length", "connection")], t) for s, hs, t in seen]
+    assert strip[0] == strip[1]
+
+
+async def test_pipelined_requests_are_answered_in_order_each_once(door):
+    """Fifty at once: fifty answers, in order."""
+    async with connected(door) as (reader, writer):
+        writer.write(
+            b"".join(request(msgspec.json.encode({"service_name": "s", "correlation_id": str(i)})) for i in range(50))
+        )
+        for i in range(50):
+            status, _, document = await answer(reader)
+            assert (status, document["correlation_id"]) == (202, str(i))
+        assert lanes(door) == 1
+
+
+@pytest.mark.parametrize("cut", [5, 19, 40, 70, 90, 110])
+async def test_a_request_cut_anywhere_is_answered(door, cut):
+    """Head or body in two pieces: the same answer, from whichever lane."""
+    async with connected(door) as (reader, writer):
+        whole = request(GOOD)
+        writer.write(whole[:cut])
+        await asyncio.sleep(0.02)
+        writer.write(whole[cut:])
+        status, _, _ = await answer(reader)
+        assert status == 202
+
+
+async def test_another_request_on_the_connection_goes_to_aiohttp_and_so_does_the_rest(door):
+    """POST, GET, POST on one connection, also pipelined: all answered in order."""
+    async with connected(door) as (reader, writer):
+        writer.write(request(GOOD) + request(b"", path="/status", method="GET") + request(GOOD))
+        assert [(await answer(reader))[0] for _ in range(3)] == [202, 200, 202]
+        assert lanes(door) == 0
+
+
+async def test_a_body_that_does_not_come_is_408_and_closed(door):
+    """listen.body_timeout holds in the express lane, and the budget is given back."""
+    async with connected(door) as (reader, writer):
+        writer.write(request(GOOD)[:-5])
+        status, _, document = await answer(reader)
+        assert (status, document["error"]["code"]) == (408, "body_timeout")
+        assert await reader.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (("Content-Length: 3",), 400),
+        (("Transfer-Encoding: chunked",), 400),
+        (("X: a\x00b",), 400),
+        (("Content-Encoding: br",), 415),
+        (("Content-Type: text/plain",), 415),
+        (("Connection: close",), 202),
+        (("Prefer: wait=0",), 202),
+        (("Idempotency-Key: k",), 202),
+    ],
+)
+async def test_what_is_not_common_is_judged_by_aiohttp(door, lines, status):
+    """Smuggling, other codings, preferences: never express, always the general answer."""
+    async with connected(door) as (reader, writer):
+        writer.write(request(GOOD, *lines))
+        assert (await answer(reader))[0] == status
+        assert lanes(door) == 0
+
+
+async def test_a_foreign_host_is_refused(door):
+    """The Host check holds: 403 from the general lane."""
+    async with connected(door) as (reader, writer):
+        writer.write(request(GOOD).replace(b"Host: localhost", b"Host: evil.example"))
+        assert (await answer(reader))[0] == 403
+
+
+async def test_a_client_that_leaves_while_it_is_served_harms_nobody(door):
+    """Gone after sending: the record is kept, the next request is served."""
+    async with connected(door) as (_, writer):
+        writer.write(request(GOOD))
+        await writer.drain()
+    await eventually(lambda: door.spool.counters("postgres").owed == 1)
+    async with connected(door) as (reader, writer):
+        writer.write(request(GOOD))
+        assert (await answer(reader))[0] == 202
