@@ -35,6 +35,7 @@ from sidecar.app.delivery import build_delivery, build_stores
 from sidecar.app.parts import FailClosed, PendingIn, ShadowTrouble, SpoolMemory
 from sidecar.app.signals import Signals
 from sidecar.app.supervise import keep_running
+from sidecar.app.warm import warm
 from sidecar.clock import Clock, SystemClock
 from sidecar.config import Loaded
 from sidecar.errors import ConfigError, SpoolFailed
@@ -133,6 +134,7 @@ class _Sidecar:
         opening = asyncio.to_thread(Spool.open, directory, options, self._settings.dedup, STORES, self._clock)
         self._spool = await opening
         self._spool.on_failure = self._spool_failed
+        self._spool.observe_commits(self._metrics.spool_commit_seconds.observe)
         for message in self._spool.recovery.messages:
             log.warning("spool recovered", extra={"what": message})
         observe.observe_spool(self._metrics, self._spool, STORES, self._clock)
@@ -158,6 +160,7 @@ class _Sidecar:
         try:
             self._watch()
             self._ready = True
+            self._spawn(warm([self._stores[name] for name in STORES if name in self._switch.policy.owed]))
             log.info("ready", extra={"phase": self._switch.policy.phase.label, "app": self._settings.listen.app})
             with Signals(self._stop, self._watcher):
                 await self._stop.wait()

@@ -148,6 +148,7 @@ class Committer:
         self._wal_pages = 0
         self._stats_at = 0.0
         self._commit_seconds = 0.0
+        self.on_commit: Callable[[float], None] | None = None  # called on the loop with each commit's seconds
         self._dead = False
         self.error: SpoolFailed | None = None
         self._lock = threading.Lock()  # between the last look at the queue and a late submit
@@ -325,7 +326,7 @@ class Committer:
                 self._seen.rolled_back(connection)
             raise
         now = time.perf_counter()
-        self._commit_seconds = now - started
+        seconds = self._commit_seconds = now - started
         if entries or durable:
             self._remember(entries)
         self._wal_pages += 3 + len(writes) + sum(2 + e.header.size // 4000 for e in entries)
@@ -336,6 +337,8 @@ class Committer:
 
         def tell() -> None:
             self._committed(entries, leaving, stats)
+            if self.on_commit is not None:
+                self.on_commit(seconds)
             for append in appends:
                 if not append.future.done():
                     append.future.set_result(tuple(append.seqs))

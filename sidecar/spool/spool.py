@@ -333,6 +333,10 @@ class Spool:
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
+    def observe_commits(self, observe: Callable[[float], None]) -> None:
+        """Call ``observe`` on the loop with the seconds of each commit, its fsync included."""
+        self._committer.on_commit = observe
+
     def cursor(self, store: str) -> Cursor:
         """The store's own way through the spool; one per store and run. Raises KeyError for an unknown name."""
         return self._cursors[store]
