@@ -124,7 +124,7 @@ class Rate:
         return self._learnt if self.manual is None else min(self._learnt, self.manual)
 
     def throttled(self, now: float, delivered: float | None) -> None:
-        """The store asked us to slow down while ``delivered`` records/s (last half second; None: unknown) got through."""
+        """The store asked us to slow down while ``delivered`` records/s (last half second, None: unknown) got in."""
         if now - self._last_cut < (_RECENT if delivered == 0.0 else _THROTTLE_HOLD):
             return
         self._last_cut = now
