@@ -85,7 +85,7 @@ class EmbeddedPostgres:
         options: Mapping[str, str] | None = None,
         start_timeout: float = 30.0,
     ) -> None:
-        self._directory = data_dir
+        self._directory = data_dir.resolve()  # the server starts in it, so a relative path would lead elsewhere
         self._port = port
         self._options = dict(options or {})
         self._start_timeout = start_timeout

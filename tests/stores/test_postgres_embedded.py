@@ -84,6 +84,16 @@ async def test_it_starts_at_once_after_each_of_several_kills(server: EmbeddedPos
         assert await ask(server, f"SELECT {number}") == number
 
 
+async def test_a_relative_directory_is_where_the_caller_stands(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the server's own working directory is."""
+    monkeypatch.chdir(place)
+    server = EmbeddedPostgres(Path("relative"), options=OPTIONS)
+    await server.start()
+    assert await ask(server, "SELECT 1") == 1
+    await server.stop()
+    assert (place / "relative" / "pgdata").is_dir()
+
+
 async def test_starting_twice_is_starting_once(server: EmbeddedPostgres) -> None:
     """The second call finds it running."""
     pid = server.pid
