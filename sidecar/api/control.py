@@ -11,6 +11,7 @@
     GET  /api/control/dead-letters/export     ?store= &reason=                      NDJSON, with the records
     GET  /api/control/spool                   ?after= &limit=                       accounts, and frames that wait
     GET  /api/control/spool/export            ?log_id=                              NDJSON, records that wait
+    GET  /api/control/spool/verify                                                  every checksum of the file
     GET  /api/control/audit                   ?limit=                               newest first
 
 ``select`` is ``{"log_ids": [...], "store": ..., "reason": ..., "all": true}``: what is given must hold; nothing given
@@ -25,7 +26,7 @@ that neither memory nor a commit depends on their size; one that fails in the mi
 import logging
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Final, Protocol, TypeVar
 
@@ -52,6 +53,7 @@ _LONGEST_REASON: Final = 500
 _MOST_LISTED: Final = 1_000
 _MOST_WITH_PAYLOAD: Final = 32  # 11 MiB at the worst
 _NDJSON: Final = "application/x-ndjson"
+_CHECKED: Final = tuple(field.name for field in fields(view.Checked))
 _T = TypeVar("_T")
 _B = TypeVar("_B", bound=msgspec.Struct)
 _Handler = Callable[[web.Request], Awaitable[web.Response]]
@@ -128,6 +130,7 @@ class Control:
             web.get("/api/control/dead-letters/export", self._export_letters),
             web.get("/api/control/spool", self._list_spool),
             web.get("/api/control/spool/export", self._export_spool),
+            web.get("/api/control/spool/verify", self._verify),
             web.get("/api/control/audit", self._audit),
         )
 
@@ -247,6 +250,18 @@ class Control:
             found, at = await self.spool.read(partial(view.owed, at=at, log_id=log_id))
             for item in found:
                 yield documents.held(item)
+
+    async def _verify(self, request: web.Request) -> web.Response:
+        await self.guard.admit(request)
+        _query(request)
+        total = view.Checked()
+        at: view.Position | None = view.START
+        self.spool.flush_now()
+        while at is not None:
+            part, at = await self.spool.read(partial(view.check, at=at))
+            for name in _CHECKED:
+                setattr(total, name, getattr(total, name) + getattr(part, name))
+        return answer(200, {**asdict(total), "problems": total.problems})
 
     async def _audit(self, request: web.Request) -> web.Response:
         await self.guard.admit(request)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 from aiohttp import web
@@ -52,11 +52,11 @@ class _Refusal(asyncio.Protocol):
     """A connection over the cap: told so, then closed."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101  (stream servers make stream transports)
-        transport.write(_FULL)
-        if transport.can_write_eof():
-            transport.write_eof()
-        asyncio.get_running_loop().call_later(_LAST_WORDS, transport.close)  # closing at once could cut the answer
+        stream = cast("asyncio.Transport", transport)  # uvloop's have asyncio's methods but not its base class
+        stream.write(_FULL)
+        if stream.can_write_eof():
+            stream.write_eof()
+        asyncio.get_running_loop().call_later(_LAST_WORDS, stream.close)  # closing at once could cut the answer
 
 
 class _Connection(web.RequestHandler):
@@ -81,8 +81,9 @@ class _Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self._express is not None and isinstance(transport, asyncio.Transport):
-            self._lane = Lane(self._express, transport, self._express_answered)
+        if self._express is not None:
+            # uvloop's transports have asyncio's methods but not its base class.
+            self._lane = Lane(self._express, cast("asyncio.Transport", transport), self._express_answered)
 
     def _express_answered(self) -> None:
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout

@@ -66,6 +66,26 @@ async def test_a_thousand_single_and_a_thousand_ndjson_records_are_once_in_both_
     assert all(by_number[n]["correlation_id"] == f"c-{n}" for n in range(2000))
 
 
+async def test_a_connection_over_the_cap_is_told_so_and_the_others_are_served(stand, http):
+    """listen.max_connections in the real process on its own event loop: 503 with Retry-After, then room again."""
+    sidecar = await stand.sidecar(listen={"max_connections": 3}).start()
+    held = [await asyncio.open_connection("127.0.0.1", sidecar.app_port) for _ in range(3)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", sidecar.app_port)
+    refusal = await asyncio.wait_for(reader.read(), 5)
+    assert refusal.startswith(b"HTTP/1.1 503")
+    assert b"Retry-After: 1" in refusal
+    for _, each in [*held, (reader, writer)]:
+        each.close()
+        await each.wait_closed()
+
+    async def served() -> bool:
+        async with http.post(f"{sidecar.url}/logs", json=body(1)) as answer:
+            return answer.status == 202
+
+    await eventually(served)
+    assert not [event for event in sidecar.events() if event["level"] == "error"]
+
+
 async def test_a_record_written_once_is_found_by_correlation_id_in_both_stores(stand, http):
     """The specification's own integration test (L560-596)."""
     sidecar = await stand.sidecar().start()
