@@ -98,6 +98,23 @@ async def test_a_cursor_never_names_a_record_of_a_service_that_is_not_allowed():
             assert cursor.decode(APPLICATION, page.next_cursor).log_id in visible
 
 
+async def test_hundreds_of_records_that_are_not_allowed_are_passed_over():
+    """Chunk after chunk of other services' records, before and after the visible ones: all visible ones, each once."""
+    stand = ReadsStand()
+    stand.configure(services=("orders",))
+    batch = [
+        record(i, log_timestamp=BASE + i // 7, service_name="orders" if 300 <= i < 320 else "billing")
+        for i in range(700)
+    ]
+    await stand.write(batch, "postgres")
+    found = await pages(stand.reads, APPLICATION, limit=8)
+    assert [[int(e.log_id[-3:], 16) for e in page.entries] for page in found] == [
+        list(range(319, 311, -1)),
+        list(range(311, 303, -1)),
+        list(range(303, 299, -1)),
+    ]
+
+
 async def test_the_allow_list_holds_on_every_route():
     """By id, by service, counts and estimates: another service's records are refused or left out, never shown."""
     stand = ReadsStand()
@@ -216,6 +233,26 @@ async def test_reads_under_way_and_waiting_are_bounded():
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [isinstance(r, asyncio.CancelledError) for r in results] == [True, False, False, True, False]
     assert stand.reads._slots.running == 0
+
+
+async def test_a_slot_given_to_a_read_that_was_cancelled_in_the_same_instant_goes_on():
+    """Handed over and cancelled before it ran: the slot is not lost."""
+    stand = ReadsStand()
+    stand.configure(in_flight=1)
+    slots = stand.reads._slots
+
+    async def hold():
+        async with slots.slot():
+            await asyncio.sleep(0)
+
+    async with slots.slot():
+        waiter = asyncio.create_task(hold())
+        await asyncio.sleep(0)
+    waiter.cancel()  # the slot is its own already, but it has not run
+    await asyncio.gather(waiter, return_exceptions=True)
+    assert waiter.cancelled()
+    await asyncio.wait_for(hold(), 5)
+    assert slots.running == 0
 
 
 async def test_a_read_that_gets_no_slot_in_time_is_busy_not_a_timeout_of_the_store():

@@ -221,6 +221,15 @@ async def test_a_store_in_trouble_is_left_alone(why):
         assert value == 1
 
 
+async def test_a_count_over_all_services_is_not_repeated():
+    """It may read a whole index: counted as skipped, with its reason."""
+    stand = ReadsStand()
+    stand.configure(shadow_sample=1.0)
+    await stand.reads.count(CountQuery(BASE, BASE + DAY))
+    assert not stand.shadow._queue
+    assert stand.shadow.status()["skipped"] == {"costly": 1}
+
+
 async def test_a_share_of_nothing_repeats_nothing_and_a_share_of_some_repeats_about_so_many():
     """reads.shadow_sample is a share of the reads, and live."""
     stand = ReadsStand()

@@ -1,8 +1,9 @@
 """Shadow reads: a share of the reads is repeated on the store that did not serve, compared, classified and counted.
 
-OFF THE REQUEST'S PATH. ``offer`` puts a served answer into a small queue and returns; where the queue is full, holds
-too many bytes, or the other store is in trouble, the read is skipped and counted as such. One comparison is under way
-at a time and each is followed by a pause of its own length, so shadowing has at most half of one task's time.
+OFF THE REQUEST'S PATH. ``offer`` puts a served answer into a small queue and returns. Where the queue is full or holds
+too many bytes, or the other store is in trouble, the read is skipped and counted as such; so is a count over all
+services, which may read a whole index. One comparison is under way at a time and each is followed by a pause of its own
+length, so shadowing has at most half of one task's time.
 
 BACKING OFF. ``trouble`` (given by the wiring) says why the other store should be left alone: delivery to it lags,
 is throttled, down or blocked. An error, a throttle or a slow answer halves the share (``Pace``).
@@ -30,7 +31,7 @@ from sidecar.metrics import Metrics
 from sidecar.phase import Policy, StoreName
 from sidecar.reads.compare import MISMATCHES, Differences, Outcome, compare
 from sidecar.reads.pace import Pace
-from sidecar.reads.questions import ById, PageOf, Question, Result, ask_within
+from sidecar.reads.questions import ById, CountOf, PageOf, Question, Result, ask_within
 from sidecar.record import LogRecord, timestamp_text
 from sidecar.screening.identity import version7_time
 from sidecar.settings import Settings
@@ -46,7 +47,6 @@ _NAMED: Final = 10  # ids of one mismatch shown
 _DAY_US: Final = 86_400_000_000
 _HOUR_US: Final = 3_600_000_000
 _PROBE_LIMIT: Final = 20
-_SKIPS: Final = ("queue", "lag", "throttled", "down", "blocked", "paused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Shadow:
     Args:
         stores: by name.
         settings: asked for each time.
-        trouble: why a store should not be read from for comparison now (one of ``_SKIPS``), or None.
+        trouble: why a store should not be read from for comparison now, in one word of a fixed few, or None.
         owed: whether (log_id, log_timestamp) is known to be on its way to a store: pending here, or in an open gap.
         clock: time. metrics: where the classes are counted. rng: the sampling.
     """
@@ -140,6 +140,9 @@ class Shadow:
     def offer(self, served: Served) -> None:
         """Take a served read, or leave it; costs next to nothing where it is not sampled."""
         if not _others(served.policy) or self._rng.random() >= self.share:
+            return
+        if isinstance(served.question, CountOf) and served.question.query.service_name is None:
+            self._skip("costly")
             return
         if len(self._queue) >= _QUEUED or self._bytes + served.result.weight > _QUEUED_BYTES:
             self._skip("queue")
