@@ -102,13 +102,18 @@ class Shipper:
         spool: SpoolPort,
         *,
         retry: Callable[[], settings.Retry],
-        dead_letters_full: Callable[[], bool],
+        dead_letters_full: Callable[[int], bool],
         clock: Clock,
         metrics: Metrics,
         rng: random.Random,
         window_bytes: int = WINDOW_BYTES,
     ) -> None:
-        """``window_bytes`` bounds what is held; what is held cannot be released, so keep it small beside the cap."""
+        """Join the parts.
+
+        ``dead_letters_full`` says whether the table is at its bound when so many bytes of letters come on top that are
+        not in it yet. ``window_bytes`` bounds what is held; what is held cannot be released, so keep it small beside
+        the spool's cap.
+        """
         self.name = store.name
         self.store = store
         self.spool = spool
@@ -174,6 +179,7 @@ class _Run:
         self._seconds = owner.metrics.store_write_seconds.labels(owner.name)
         self._unknown = 0
         self._deferred_out = 0
+        self._dying = 0  # bytes of dead letters whose frame is not settled: the table does not count them yet
         self._logged = State.UP
         self.wake = asyncio.Event()
         self._room = asyncio.Event()
@@ -328,7 +334,7 @@ class _Run:
         blame = ""
         if self._unknown >= _UNKNOWN_IN_A_ROW:
             blame = f"answers of unknown meaning in a row: {_text(failure)}"
-        elif wait is None and self._owner.dead_letters_full():
+        elif wait is None and self._owner.dead_letters_full(self._dying):
             blame = _FULL
         elif wait is None and not self._owner.brake.allows():
             blame = _BRAKE
@@ -373,6 +379,8 @@ class _Run:
                 due_us=self._owner.steady_us() + int((wait or 0) * 1e6),
             )
         )
+        if wait is None:
+            self._dying += single.load.sizes[single.start]
         self._decided(single.load, 1)
 
     def _again(self, chunk: Chunk, kind: RetryClass) -> None:
@@ -384,6 +392,7 @@ class _Run:
             return
         if self._backlog.has_room:
             self._room.set()
+        self._dying -= sum(load.sizes[each.position] for each in load.leftovers if each.kind == "dead_letter")
         if load.frame is not None:
             self._cursor.settle(load.frame, load.leftovers)
         elif load.deferred is not None:
