@@ -125,12 +125,9 @@ class DeadLetters:
         self._max_bytes = max_bytes
         self._clock = clock
 
-    def full(self, store: str, coming: int = 0) -> bool:
-        """True at the bound: then the store is blocked instead of one more record being kept.
-
-        ``coming`` is bytes of letters that were decided and are not in the table yet.
-        """
-        return self._spool.counters(store).dead_letter_bytes + coming >= self._max_bytes
+    def full(self, store: str) -> bool:
+        """True at the bound: then the store is blocked instead of one more record being kept."""
+        return self._spool.counters(store).dead_letter_bytes >= self._max_bytes
 
     async def page(
         self, *, store: str | None = None, retry_class: str | None = None, after: int = 0, limit: int = 100

@@ -102,7 +102,7 @@ class Shipper:
         spool: SpoolPort,
         *,
         retry: Callable[[], settings.Retry],
-        dead_letters_full: Callable[[int], bool],
+        dead_letters_full: Callable[[], bool],
         clock: Clock,
         metrics: Metrics,
         rng: random.Random,
@@ -110,9 +110,9 @@ class Shipper:
     ) -> None:
         """Join the parts.
 
-        ``dead_letters_full`` says whether the table is at its bound when so many bytes of letters come on top that are
-        not in it yet. ``window_bytes`` bounds what is held; what is held cannot be released, so keep it small beside
-        the spool's cap.
+        ``dead_letters_full`` looks at what is in the table. Letters of frames under way come on top, because a frame
+        must be decided whole to be settled: so the bound is kept but for one window. ``window_bytes`` is that window:
+        what is held. It cannot be released either, so keep it small beside the spool's cap.
         """
         self.name = store.name
         self.store = store
@@ -179,7 +179,6 @@ class _Run:
         self._seconds = owner.metrics.store_write_seconds.labels(owner.name)
         self._unknown = 0
         self._deferred_out = 0
-        self._dying = 0  # bytes of dead letters whose frame is not settled: the table does not count them yet
         self._logged = State.UP
         self.wake = asyncio.Event()
         self._room = asyncio.Event()
@@ -334,7 +333,7 @@ class _Run:
         blame = ""
         if self._unknown >= _UNKNOWN_IN_A_ROW:
             blame = f"answers of unknown meaning in a row: {_text(failure)}"
-        elif wait is None and self._owner.dead_letters_full(self._dying):
+        elif wait is None and self._owner.dead_letters_full():
             blame = _FULL
         elif wait is None and not self._owner.brake.allows():
             blame = _BRAKE
@@ -379,8 +378,6 @@ class _Run:
                 due_us=self._owner.steady_us() + int((wait or 0) * 1e6),
             )
         )
-        if wait is None:
-            self._dying += single.load.sizes[single.start]
         self._decided(single.load, 1)
 
     def _again(self, chunk: Chunk, kind: RetryClass) -> None:
@@ -392,7 +389,6 @@ class _Run:
             return
         if self._backlog.has_room:
             self._room.set()
-        self._dying -= sum(load.sizes[each.position] for each in load.leftovers if each.kind == "dead_letter")
         if load.frame is not None:
             self._cursor.settle(load.frame, load.leftovers)
         elif load.deferred is not None:

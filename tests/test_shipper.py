@@ -76,7 +76,7 @@ async def delivering(
         store,  # type: ignore[arg-type]  (the part of a store that a shipper uses)
         spool,
         retry=lambda: retry,
-        dead_letters_full=lambda _: full(),
+        dead_letters_full=full,
         clock=clock,
         metrics=Metrics(CollectorRegistry()),
         rng=random.Random(7),
@@ -293,7 +293,7 @@ async def test_a_new_run_after_a_bug_hands_out_what_was_not_settled(tmp_path):
         store,  # type: ignore[arg-type]  (the part of a store that a shipper uses)
         spool,
         retry=lambda: QUICK,
-        dead_letters_full=lambda _: False,
+        dead_letters_full=lambda: False,
         clock=clock,
         metrics=Metrics(CollectorRegistry()),
         rng=random.Random(7),
