@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test check format clean bench ci-faults faults ci-integration install
+.PHONY: run test check format clean bench ci-faults ci-integration install
 
 install: $(STAMP)
 
@@ -27,6 +27,17 @@ format: $(STAMP)
 
 test: check  ## everything that needs no root: at most 8 minutes
 	$(BIN)/pytest -m 'not root'
+
+ci-faults: $(STAMP)  ## what needs root: full disks and the like
+	$(BIN)/pytest -m root tests
+
+ci-integration: $(STAMP)  ## the rollout, with the field's real tools; root
+	$(BIN)/python -m pip install -q '.[k8s]'
+	PYTHON=$(PYTHON) tests/integration/k8s/install
+	$(BIN)/pytest tests/integration
+
+bench: $(STAMP)  ## the sidecar beside the naive baselines (BENCH="--quick")
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 clean:
 	rm -rf $(VENV) .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
