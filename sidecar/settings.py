@@ -12,6 +12,7 @@ import msgspec
 from sidecar.phase import Phase
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, title="seconds")]
+Patience = Annotated[float, msgspec.Meta(gt=0, title="seconds")]  # a wait that must end, and not at once
 Bytes = Annotated[int, msgspec.Meta(ge=0, title="bytes")]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -52,9 +53,9 @@ class Listen(_Section, frozen=True):
     app: str = "127.0.0.1:8080"  # host:port, or unix:/path for a unix socket
     ops: str = "0.0.0.0:9464"  # metrics and health only: no control, no payload
     max_connections: Annotated[int, msgspec.Meta(ge=1)] = 256  # of the application's listener; more wait in the kernel
-    header_timeout: Seconds = 10.0  # for the whole request head; slower clients are cut off
-    body_timeout: Seconds = 30.0  # for the whole body
-    idle_timeout: Seconds = 75.0  # how long a connection without a request is kept
+    header_timeout: Patience = 10.0  # for the whole request head; slower clients are cut off
+    body_timeout: Patience = 30.0  # for the whole body
+    idle_timeout: Patience = 75.0  # how long a connection without a request is kept
     hosts: tuple[str, ...] = ()  # Host names accepted besides localhost, 127.0.0.1 and [::1]
 
 
@@ -118,8 +119,8 @@ class Postgres(_Section, frozen=True):
     table: str = "integration_logs"  # where records go
     sslmode: Literal["disable", "require", "verify-ca", "verify-full"] | None = None  # None: verify-full off loopback
     sslrootcert: str | None = None  # file of the authority that signed the server's certificate
-    connect_timeout: Seconds = 5.0  # for one connection, TLS included
-    command_timeout: Seconds = 30.0  # for one statement; then the connection is given up
+    connect_timeout: Patience = 5.0  # for one connection, TLS included
+    command_timeout: Patience = 30.0  # for one statement; then the connection is given up
     idle_close: Seconds = 60.0  # a connection unused for so long is closed
     write_connections: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2  # at most, opened when needed
     read_connections: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2  # at most, opened when needed
@@ -139,8 +140,8 @@ class DynamoDB(_Section, frozen=True):
     # write calls under way at most; the regulator stays below
     max_in_flight: Annotated[int, msgspec.Meta(ge=1, le=128)] = 16
     read_in_flight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8  # read calls of one query under way at most
-    connect_timeout: Seconds = 2.0  # for one connection, TLS included
-    read_timeout: Seconds = 10.0  # for one answer; then the call is repeated
+    connect_timeout: Patience = 2.0  # for one connection, TLS included
+    read_timeout: Patience = 10.0  # for one answer; then the call is repeated
     ttl_days: Annotated[int, msgspec.Meta(ge=1)] | None = None  # counted from log_timestamp, never from write time
 
 
@@ -167,7 +168,7 @@ class Reads(_Section, frozen=True):
     max_limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000  # records of one page at most
     max_days: Annotated[int, msgspec.Meta(ge=1, le=366)] = 31  # widest time range of one query
     count_max_days: Annotated[int, msgspec.Meta(ge=1, le=3660)] = 31  # widest time range of one count
-    timeout: Seconds = 10.0  # for one query, all its calls together, waiting for its turn included
+    timeout: Patience = 10.0  # for one query, all its calls together, waiting for its turn included
     in_flight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4  # reads under way at once, so that they do not slow ingest
     waiting: Count = 64  # reads that wait for their turn; one more is answered 503
     max_page_bytes: Annotated[int, msgspec.Meta(ge=64 * KIB, title="bytes")] = 4 * MIB  # payloads of one page, about
