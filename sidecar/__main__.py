@@ -4,11 +4,12 @@ EXIT CODES
 
 ====  =====================================================================================================
 0     done; for ``serve`` also a graceful stop
-1     the verb ran and its answer is no (a divergence was found, a check failed)
-2     the command line or the configuration is wrong: nothing was started
+1     the verb ran and its answer is no (a divergence was found, a check failed, ``wait`` and ``drain``: records or dead
+      letters are left, ``dead-letter`` by id: there is none, ``demo``: the proof failed)
+2     the command line or the configuration is wrong, or a running sidecar refused the request: nothing was done
 3     the spool is refused: held by another sidecar, on a volatile file system, of a newer schema
 4     the spool failed: EIO or a failed fsync; a restart recovers
-5     a store could not be reached or refused
+5     a store, or the running sidecar that was asked, could not be reached or refused
 130   interrupted from the keyboard
 ====  =====================================================================================================
 
@@ -27,18 +28,29 @@ from typing import Any, Final
 import uvloop
 
 from sidecar import __version__
-from sidecar.config import DEFAULT_PATH, Loaded, load, render
+from sidecar.config import Loaded, load, render
 from sidecar.errors import (
+    BadRequest,
     ConfigError,
     SidecarError,
+    SidecarUnreachable,
     SpoolFailed,
     SpoolLocked,
     SpoolRefused,
     StoreError,
 )
+from sidecar.operator import arguments
 
 EXIT_CODES: Final[Mapping[type[SidecarError], int]] = MappingProxyType(
-    {ConfigError: 2, SpoolLocked: 3, SpoolRefused: 3, SpoolFailed: 4, StoreError: 5}
+    {
+        ConfigError: 2,
+        BadRequest: 2,
+        SpoolLocked: 3,
+        SpoolRefused: 3,
+        SpoolFailed: 4,
+        StoreError: 5,
+        SidecarUnreachable: 5,
+    }
 )
 EXIT_NEGATIVE: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -52,15 +64,6 @@ class Verb:
     summary: str
     run: Callable[[argparse.Namespace], int]
     arguments: Callable[[argparse.ArgumentParser], None]
-
-
-def _with_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        metavar="PATH",
-        default=os.environ.get("SIDECAR_CONFIG") or DEFAULT_PATH,
-        help="configuration file; default: $SIDECAR_CONFIG or " + DEFAULT_PATH,
-    )
 
 
 def _for_dev(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +100,46 @@ def _dev(args: argparse.Namespace) -> int:
     return _run(dev.run(args))
 
 
+def _for_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fast", action="store_true", help="the same walk without the pauses for reading")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from sidecar.embedded import demo  # noqa: PLC0415  (never in the production image)
+
+    return _run(demo.run(fast=args.fast))
+
+
+def _wait(args: argparse.Namespace) -> int:
+    from sidecar.operator import wait  # noqa: PLC0415  (imports only what its verb needs, as all that follow)
+
+    return wait.wait(args)
+
+
+def _drain(args: argparse.Namespace) -> int:
+    from sidecar.operator import drain  # noqa: PLC0415
+
+    return _run(drain.drain(args))
+
+
+def _spool(args: argparse.Namespace) -> int:
+    from sidecar.operator import commands  # noqa: PLC0415
+
+    return commands.spool(args)
+
+
+def _dead_letter(args: argparse.Namespace) -> int:
+    from sidecar.operator import commands  # noqa: PLC0415
+
+    return commands.dead_letter(args)
+
+
+def _store(args: argparse.Namespace) -> int:
+    from sidecar.operator import commands  # noqa: PLC0415
+
+    return commands.store(args)
+
+
 def _init_stores(args: argparse.Namespace) -> int:
     loaded = _load(args)
     from sidecar import app  # noqa: PLC0415  (as above)
@@ -121,16 +164,27 @@ def _version(_args: argparse.Namespace) -> int:
 
 
 VERBS: Final[Sequence[Verb]] = (
-    Verb("serve", "accept, store and deliver records until SIGTERM", _serve, _with_config),
+    Verb("serve", "accept, store and deliver records until SIGTERM", _serve, arguments.with_config),
     Verb("dev", "a private PostgreSQL, a local DynamoDB and the sidecar between them", _dev, _for_dev),
+    Verb(
+        "demo",
+        "a scripted migration with faults, and the proof that nothing was lost",
+        _demo,
+        _for_demo,
+    ),
     Verb(
         "validate-config",
         "read the configuration as serve would, and say what is wrong",
         _validate_config,
-        _with_config,
+        arguments.with_config,
     ),
-    Verb("print-config", "every setting in force, secrets masked", _print_config, _with_config),
-    Verb("init-stores", "create the tables and indexes that are missing", _init_stores, _with_config),
+    Verb("print-config", "every setting in force, secrets masked", _print_config, arguments.with_config),
+    Verb("init-stores", "create the tables and indexes that are missing", _init_stores, arguments.with_config),
+    Verb("wait", "until nothing is pending (for a preStop hook)", _wait, arguments.for_wait),
+    Verb("drain", "deliver an orphaned spool until it is empty", _drain, arguments.for_drain),
+    Verb("spool", "look into the spool: ls, cat, verify, export", _spool, arguments.for_spool),
+    Verb("dead-letter", "ls, redrive, discard, export", _dead_letter, arguments.for_dead_letter),
+    Verb("store", "pause, resume or bound the delivery to one store", _store, arguments.for_store),
     Verb("version", "the version of this program", _version, _without_arguments),
 )
 

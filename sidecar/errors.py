@@ -18,6 +18,7 @@
     |   +-- SpoolLocked            another sidecar holds this spool
     |   +-- SpoolRefused           this directory cannot give the promise (volatile, newer schema, not ours)
     |   +-- SpoolFailed            EIO or a failed fsync: no further 2xx, exit, recover at start
+    +-- SidecarUnreachable     a command found no running sidecar to ask, or lost it
     +-- StoreError             a store refused or could not be reached; ``retry_class`` says what helps
 
 Which HTTP status each becomes is one table in ``sidecar.api.errors``. Messages never carry a payload or a secret.
@@ -117,6 +118,10 @@ class SpoolRefused(SpoolError):
 
 class SpoolFailed(SpoolError):
     """The disk failed under the spool. Never retried: stop, exit non-zero, recover at the next start (P8)."""
+
+
+class SidecarUnreachable(SidecarError):
+    """No sidecar answers where the command looks for one, or the connection broke."""
 
 
 class StoreError(SidecarError):

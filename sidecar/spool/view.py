@@ -7,7 +7,9 @@ not grow with the backlog. What a step says is true for one commit; from step to
 
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
+from zlib import crc32
 
 from sidecar.spool import framing, leftovers, progress, schema
 from sidecar.spool.divergence import single_bits
@@ -162,6 +164,47 @@ def _left(connection: sqlite3.Connection, after: int, log_id: bytes | None) -> t
         if (record := row.record) is not None
     ]
     return found, Position(1, rows[-1].key) if len(rows) == _LEFT else None
+
+
+@dataclass(slots=True)
+class Checked:
+    """What a walk over every checksum found."""
+
+    frames: int = 0
+    records: int = 0
+    leftovers: int = 0
+    damaged_frames: int = 0
+    damaged_records: int = 0
+
+    @property
+    def problems(self) -> list[str]:
+        """One line each; empty where all is sound."""
+        found = ((self.damaged_frames, "frames with a damaged header"), (self.damaged_records, "damaged records"))
+        return [f"{n} {what}" for n, what in found if n]
+
+
+def check(connection: sqlite3.Connection, at: Position) -> tuple[Checked, Position | None]:
+    """Every checksum of the next frames and leftovers."""
+    found = Checked()
+    if at.part == 1:
+        rows = leftovers.rows(connection, f"state IN (1, 2) AND key > ? ORDER BY key LIMIT {_LEFT}", (at.after,))
+        found.leftovers = len(rows)
+        found.damaged_records = sum(row.body is None or crc32(row.body) != row.crc for row in rows)
+        return found, Position(1, rows[-1].key) if len(rows) == _LEFT else None
+    size = 0
+    headers = _headers(connection, at.after)
+    for header in headers:
+        if size > _BODIES:
+            return found, Position(0, header.seq - 1)
+        found.frames += 1
+        if not header.sound:
+            found.damaged_frames += 1
+            continue
+        found.records += header.n
+        size += header.size
+        (body,) = connection.execute("SELECT body FROM frames WHERE seq = ?", (header.seq,)).fetchone()
+        found.damaged_records += len(framing.unpack(header, body or b"").damaged)
+    return found, Position(0, headers[-1].seq) if len(headers) == _HEADERS else Position(1, 0)
 
 
 def letter_keys(connection: sqlite3.Connection, log_ids: Sequence[str], store: str | None) -> list[int]:
