@@ -102,7 +102,7 @@ class _Walk:
                 await step()
                 if traffic.done():
                     traffic.result()
-            self._traffic.stop()  # and not cancel: what was sent must be answered, or nobody knows what was acknowledged
+            self._traffic.stop()  # and not cancel: an answer that is not read leaves open what was acknowledged
             await traffic
         finally:
             traffic.cancel()
@@ -152,7 +152,7 @@ class _Walk:
 
     async def _poison(self) -> None:
         self._title(
-            "A CHECK is added in PostgreSQL, a record breaks it: it alone is a dead letter, for PostgreSQL alone"
+            "A CHECK in PostgreSQL, and a record that breaks it: it alone is a dead letter, for PostgreSQL only"
         )
         check = f"CONSTRAINT demo CHECK (service_name <> '{_POISON}') NOT VALID"
         await self._sql(f"ALTER TABLE integration_logs ADD {check}")
@@ -192,9 +192,9 @@ class _Walk:
         both = held[POSTGRES].keys() & held[DYNAMODB].keys()
         differing = sum(held[POSTGRES][i] != held[DYNAMODB][i] for i in both)
         say(f"  in both stores              {len(both):>8}   differing in any of 13 fields: {differing}")
-        for name, account in (await self._accounts()).items():
+        for label, account in (await self._accounts()).items():
             total = sum(account[part] for part in _PARTS)
-            say(f"  {name + ' account':<27} {account['owed']:>8} = " + " + ".join(f"{account[p]} {p}" for p in _PARTS))
+            say(f"  {label + ' account':<27} {account['owed']:>8} = " + " + ".join(f"{account[p]} {p}" for p in _PARTS))
             good = good and total == account["owed"] == account["delivered"]
         good = good and not differing
         say()

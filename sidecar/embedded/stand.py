@@ -48,6 +48,7 @@ class Stand:
 
     @property
     def config(self) -> Path:
+        """The file as the sidecar sees it, behind the link that is swapped."""
         return self.directory / "config" / "config.yaml"
 
     def mount(self, **changes: object) -> None:
