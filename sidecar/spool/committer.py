@@ -66,7 +66,7 @@ class Write:
     future: "asyncio.Future[Any]"
     done: Callable[[Any], None] | None = None
     refusable: bool = False  # may be given up with Busy when there is no room
-    marks: bool = False  # only marks: a crash may lose them
+    marks: int = 0  # only marks, which a crash may lose: their generation (from 1); 0 for everything else
     measured: bool = False  # admission is to know at once what room it made
 
 
@@ -145,6 +145,7 @@ class Committer:
         self._hands: list[Append | Write | Read | Stop] = []
         self._stuck: list[Write] = []
         self._stuck_reason = ""
+        self._turned_away = 0  # the last generation of marks that found no room
         self._wal_pages = 0
         self._stats_at = 0.0
         self._commit_seconds = 0.0
@@ -247,10 +248,15 @@ class Committer:
         return True
 
     def _settle_group(self, appends: list[Append], writes: list[Write]) -> None:
+        late = [w for w in writes if 0 < w.marks <= self._turned_away]
+        if late:  # taken before marks that came back: see ``sender``
+            self._refuse(late)
+            writes = [w for w in writes if w not in late]
+            if not appends and not writes:
+                return
         if self._stuck:
-            self._stuck += writes
             self._refuse(appends)
-            self._retry_stuck()
+            self._commit_in_reserve([*self._stuck, *writes])
             return
         try:
             self._commit(appends, writes)
@@ -259,29 +265,36 @@ class Committer:
                 raise
             self._stuck_reason = self._why_full()
             self._refuse([*appends, *(w for w in writes if w.refusable)])
-            self._stuck = [w for w in writes if not w.refusable]
-            self._retry_stuck()
+            self._commit_in_reserve([w for w in writes if not w.refusable])
+        else:
+            if self._stuck_reason and any(w.marks for w in writes):
+                self._stuck_reason = ""
+                self._post_stats()
 
-    def _retry_stuck(self) -> None:
-        """Marks and leftovers once more, alone, with the reserve; they wait on where even that has no room."""
-        if not self._stuck:
+    def _commit_in_reserve(self, writes: list[Write]) -> None:
+        """Marks and leftovers once more, alone, with the reserve.
+
+        Where even that has no room, marks go back to the sender, which adds what makes room; the others wait.
+        """
+        self._stuck = []
+        if not writes:
             self._stuck_reason = ""
             self._post_stats()
             return
         self._set_page_limit(self._settings.cap_bytes + schema.RESERVE_BYTES)
         try:
-            self._commit([], self._stuck)
+            self._commit([], sorted(writes, key=lambda w: not w.marks))
+            self._stuck_reason = ""
         except sqlite3.Error as exc:
             if schema.code(exc) != sqlite3.SQLITE_FULL:
                 raise
             self._stuck_reason = self._why_full()
-            self._post_stats()
-        else:
-            self._stuck = []
-            self._stuck_reason = ""
-            self._post_stats()
+            self._turned_away = max([self._turned_away, *(w.marks for w in writes)])
+            self._refuse([w for w in writes if w.marks])
+            self._stuck = [w for w in writes if not w.marks]
         finally:
             self._set_page_limit(self._settings.cap_bytes)
+        self._post_stats()
 
     def _why_full(self) -> str:
         (pages,) = self._connection.execute("PRAGMA page_count").fetchone()
@@ -420,7 +433,7 @@ class Committer:
 
     def _idle(self) -> None:
         if self._stuck:
-            self._retry_stuck()
+            self._commit_in_reserve(self._stuck)
             return
         if self._wal_pages > 64:  # noqa: PLR2004  (a quarter MiB: little to replay at a start)
             self._checkpoint()

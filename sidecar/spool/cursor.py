@@ -50,7 +50,7 @@ class StoreCursor:
         parts = self._parts
         while True:
             parts.check()
-            if not parts.stalled:
+            if not parts.stalled(self._account.name):
                 frames = self._from_tail(max_records, max_bytes)
                 if frames:
                     return frames

@@ -93,6 +93,7 @@ class LeftoverRow(NamedTuple):
 class Exceptional(NamedTuple):
     """A frame with leftovers was settled by one store: the corrections of divergence depend on the masks."""
 
+    order: int
     seq: int
     owed: int
     settled_before: int
@@ -150,6 +151,7 @@ class Ledger:
         self.on_settled: Callable[[str, int], None] = lambda _store, _seq: None
         self.on_done: Callable[[Header], None] = lambda _header: None
         self._exceptional: list[Exceptional] = []
+        self._order = 0
         self._differences: Counter[Pair] = Counter()
         self._trims: deque[tuple[int, int, int]] = deque()
         self._bytes_since = 0
@@ -260,7 +262,8 @@ class Ledger:
             self.excepted.add(header.seq)
         if self.excepted and self.excepted.covers(header.seq):
             after = before | account.mask
-            self._exceptional.append(Exceptional(header.seq, header.owed, before, after, rows))
+            self._order += 1
+            self._exceptional.append(Exceptional(self._order, header.seq, header.owed, before, after, rows))
         self.on_settled(account.name, header.seq)
         if header.owed == before | account.mask:
             self.trim(header)
@@ -308,8 +311,28 @@ class Ledger:
         """True where a snapshot would hold something."""
         return bool(self._trims or self._exceptional) or any(a.dirty for a in self.accounts.values())
 
-    def snapshot(self) -> Snapshot:
-        """Take the differences since the last snapshot; they are on their way to the file."""
+    def give_back(self, snapshot: Snapshot) -> None:
+        """A snapshot found no room: it is part of the next one."""
+        for mark in snapshot.marks:
+            account = self.by_mask[1 << mark.bit]
+            gone = (mark.owed, mark.delivered, mark.released, mark.quarantined)
+            owed, delivered, released, quarantined = (a - b for a, b in zip(account.written, gone, strict=True))
+            account.written = (owed, delivered, released, quarantined)
+            account.dirty = True
+        self._exceptional = sorted([*snapshot.exceptional, *self._exceptional], key=lambda e: e.order)
+        self._trims.extendleft((lo, hi, 0) for lo, hi in reversed(snapshot.trims))
+        for present, missing, records in snapshot.differences:
+            self._differences[1 << present, 1 << missing] += records
+
+    def stores_with_leftovers(self) -> frozenset[str]:
+        """Stores whose leftovers are still to be written."""
+        return frozenset(row.store for e in self._exceptional for row in e.rows)
+
+    def snapshot(self, *, whole: bool = False) -> Snapshot:
+        """Take the differences since the last snapshot; they are on their way to the file.
+
+        Deletions are limited to about what came in since, for the sake of the commit's length; not where ``whole``.
+        """
         marks = []
         for account in self.accounts.values():
             if not account.dirty:
@@ -321,7 +344,7 @@ class Ledger:
             marks.append(MarkRow(upto, ahead, owed, self.last_seq, delivered, released, quarantined, account.bit))
             account.written = now
             account.dirty = False
-        budget = max(_TRIM_LEAST, 2 * self._bytes_since)
+        budget = 1 << 62 if whole else max(_TRIM_LEAST, 2 * self._bytes_since)
         self._bytes_since = 0
         trims = []
         while self._trims and budget > 0:

@@ -38,7 +38,9 @@ class Written:
 
 
 def write(connection: sqlite3.Connection, snapshot: Snapshot) -> Written:
-    """Write a snapshot inside the current transaction."""
+    """Write a snapshot inside the current transaction; deletions first, to make room for leftovers."""
+    for lo, hi in snapshot.trims:
+        connection.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (lo, hi))
     if snapshot.marks:
         rows = {row.bit: row for row in progress.load(connection)}
         progress.store(connection, [_changed(rows[mark.bit], mark) for mark in snapshot.marks])
@@ -47,8 +49,6 @@ def write(connection: sqlite3.Connection, snapshot: Snapshot) -> Written:
     for exceptional in snapshot.exceptional:
         changed.update(_settle(connection, exceptional))
         deferring |= {row.store for row in exceptional.rows if row.state == DEFERRED}
-    for lo, hi in snapshot.trims:
-        connection.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (lo, hi))
     add_differences(connection, snapshot.differences)
     return Written(changed, [refresh(connection, store) for store in deferring])
 

@@ -301,8 +301,10 @@ def _balance(connection: sqlite3.Connection, ledger: Ledger, last: disk.Mark | N
         here = account.counters(None)
         rest = here.delivered + here.pending + here.dead_lettered + here.released + here.discarded
         lost = account.owed - rest - here.quarantined
-        if lost < 0:  # frames came back that were counted as gone
+        if lost < 0:
             account.owed -= lost
+            if not found.salvaged:  # frames that come back from damaged files were counted as gone
+                found.messages.append(f"spool: {account.name} has {-lost} records more than were counted; corrected")
             lost = 0
         account.quarantined += lost
         worst = max(worst, lost)

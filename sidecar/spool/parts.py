@@ -66,9 +66,8 @@ class Parts(Protocol):
         """Raise SpoolFailed where the spool is broken or closed."""
         ...
 
-    @property
-    def stalled(self) -> bool:
-        """True while marks find no room on the disk: nothing more is handed out."""
+    def stalled(self, store: str) -> bool:
+        """True while the store's leftovers find no room on the disk: nothing more is handed out to it."""
         ...
 
     def header_damaged(self, header: Header) -> SpoolFailed:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import permutations
 from pathlib import Path
-from typing import Final, Self, TypeVar
+from typing import Self, TypeVar
 
 from sidecar.clock import Clock
 from sidecar.errors import Busy, SpoolFailed
@@ -22,6 +22,7 @@ from sidecar.spool.framing import UNRESOLVED, Damaged, Entry, Header
 from sidecar.spool.ledger import Resolution
 from sidecar.spool.letters import Letters
 from sidecar.spool.release import Release
+from sidecar.spool.sender import MarkSender
 from sidecar.spool.tail import Ring, Tail
 from sidecar.spool.types import (
     AuditLine,
@@ -39,8 +40,6 @@ from sidecar.spool.types import (
     SpoolState,
 )
 
-_RIDE_AFTER: Final = 0.025  # seconds since the last marks: then they ride on a commit
-_ALONE_AFTER: Final = 0.05  # seconds: then they go alone
 _T = TypeVar("_T")
 
 
@@ -65,10 +64,7 @@ class Spool:
         self._failed: SpoolFailed | None = None
         self._keys: dict[Obligation, Key] = {}
         self._waiters: dict[tuple[str, int], list[asyncio.Future[None]]] = {}
-        self._flushing = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._settled_since = False
-        self._flushed_at = 0.0
+        self._sender = MarkSender(self.ledger, self._submit, self._marks_written)
         self._base_us, self._base = clock.now_us(), clock.monotonic()
         self.ledger.on_settled = self._wake_waiters
         self.ledger.on_done = self._done
@@ -148,8 +144,7 @@ class Spool:
             size += len(chunk.body) + len(chunk.ids)
         self._admission.enter(size)
         loop = asyncio.get_running_loop()
-        if self._settled_since and loop.time() - self._flushed_at >= _RIDE_AFTER:
-            self._flush(loop)
+        self._sender.ride(loop)
         future: asyncio.Future[tuple[int, ...]] = loop.create_future()
         pairs = window.pack(seen) if seen else b""
         self._submit(Append(key, chunks, pairs, size, future), loop)
@@ -259,46 +254,19 @@ class Spool:
 
     def marked(self) -> None:
         """Something was settled: it rides on a commit or goes alone before long."""
-        self._settled_since = True
-        if self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(_ALONE_AFTER, self._alone, loop)
-
-    def _alone(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        if self._settled_since and self._failed is None:
-            self._flush(loop)
-
-    def _flush(self, loop: asyncio.AbstractEventLoop, *, now: bool = False) -> None:
-        """Send the marks to the file; one at a time, but for ``now``."""
-        if self._flushing and not now:
-            return
-        if not self.ledger.dirty:
-            self._settled_since = False
-            return
-        self._flushing = True
-        self._settled_since = False
-        self._flushed_at = loop.time()
-        future: asyncio.Future[marks.Written] = loop.create_future()
-        future.add_done_callback(_observed)
-        run = partial(marks.write, snapshot=self.ledger.snapshot())
-        self._submit(Write(run, future, self._flushed, marks=True), loop)
-
-    def _flushed(self, written: marks.Written) -> None:
-        self._flushing = False
-        self.ledger.corrections.update(written.corrections)
-        self._letters.refreshed(written.refreshed)
-        if self.ledger.dirty and self._failed is None:
-            self.marked()
+        self._sender.marked()
 
     def flush_now(self) -> None:
         """Queue the marks, so that whatever is asked for next sees them."""
-        self._flush(asyncio.get_running_loop(), now=True)
+        self._sender.flush_now()
 
-    @property
-    def stalled(self) -> bool:
-        """True while marks find no room on the disk: nothing more is handed out."""
-        return bool(self._admission.stats.stuck)
+    def stalled(self, store: str) -> bool:
+        """True while the store's leftovers find no room on the disk: nothing more is handed out to it."""
+        return self._sender.stalled(store)
+
+    def _marks_written(self, written: marks.Written) -> None:
+        self.ledger.corrections.update(written.corrections)
+        self._letters.refreshed(written.refreshed)
 
     @property
     def accepting(self) -> bool:
@@ -547,12 +515,10 @@ class Spool:
 
     async def close(self) -> None:
         """Write the marks down, checkpoint, note the clean stop. What is undelivered stays. Idempotent."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._sender.close()
         if self._failed is None:
             loop = asyncio.get_running_loop()
-            while self.ledger.dirty and not self.stalled:
+            while self.ledger.dirty and not self._admission.stats.stuck:
                 self.flush_now()
                 await self.read(lambda _: None)
             self._committer.submit(Stop(), loop)

@@ -80,6 +80,60 @@ async def test_a_file_at_its_very_cap_still_takes_marks_and_dead_letters(tmp_pat
         assert await deliver(again, "dynamodb") == accepted
 
 
+async def test_leftovers_that_find_no_room_wait_for_the_other_store_to_make_some(tmp_path):
+    """A whole backlog becomes leftovers of one store: not even the reserve holds the copies.
+
+    The store is handed nothing more, the other one goes on; what it delivers makes the room. Nothing is lost, and a
+    crash before that hands the frames out again.
+    """
+    async with spool_at(tmp_path / "a", settings=TO_THE_BRIM) as spool:
+        spool._admission.enter = lambda size: None
+        spool._admission.leave = lambda size: None
+        accepted, _ = await fill(spool)
+        frames = await take(spool, "postgres")
+        for frame in frames:
+            spool.cursor("postgres").settle(frame, [dead(i) for i in range(len(frame.records))])
+        more = asyncio.ensure_future(spool.cursor("postgres").take(1, 1))
+        await until(lambda: spool.stalled("postgres"))
+        assert not spool.stalled("dynamodb")
+        del spool._admission.enter, spool._admission.leave
+        with pytest.raises(Busy):
+            await put(spool, records(1))
+        assert spool.counters("postgres").dead_lettered == len(accepted)
+        copy = crash_copy(tmp_path / "a", tmp_path / "b")
+        assert await deliver(spool, "dynamodb") == accepted
+        await until(lambda: not spool.stalled("postgres"))
+        await until(lambda: spool.state().accepting)
+        assert not more.done()
+        await put(spool, records(1), SQL_ONLY)
+        (frame,) = await more
+        spool.cursor("postgres").settle(frame)
+        before = {store: spool.counters(store) for store in ("postgres", "dynamodb")}
+    async with spool_at(tmp_path / "a", settings=TO_THE_BRIM) as again:
+        assert {store: again.counters(store) for store in before} == before
+        assert again.recovery.messages == ()
+    async with spool_at(copy, settings=TO_THE_BRIM) as crashed:
+        assert crashed.counters("postgres").pending == len(accepted)
+        assert crashed.recovery.messages == ()
+
+
+async def test_marks_that_rode_on_a_refused_append_are_written_all_the_same(tmp_path):
+    """The transaction of an append that finds no room is rolled back; the marks in it are committed without it."""
+    async with spool_at(tmp_path, settings=TO_THE_BRIM) as spool:
+        spool._admission.enter = lambda size: None
+        spool._admission.leave = lambda size: None
+        accepted, _ = await fill(spool)
+        frames = await take(spool, "postgres")
+        for frame in frames[:5]:
+            spool.cursor("postgres").settle(frame)
+        spool.flush_now()
+        with pytest.raises(Busy):
+            await put(spool, records(200, size=16 * KIB))
+        upto = await spool.read(lambda c: c.execute("SELECT upto FROM progress WHERE name = 'postgres'").fetchone()[0])
+        assert upto >= frames[4].seq
+        assert len(await deliver(spool, "dynamodb")) == len(accepted)
+
+
 async def test_a_full_disk_closes_the_door_before_the_ballast_is_eaten(tmp_path, monkeypatch):
     """Free space under the floor: disk_full; nothing is handed out while marks find no room; it opens again."""
     async with spool_at(tmp_path) as spool:

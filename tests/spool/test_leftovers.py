@@ -95,6 +95,9 @@ async def test_a_deferred_record_is_due_at_its_time_and_once(tmp_path):
         assert (counters.delivered, counters.pending) == (2, 0)
         with pytest.raises(ValueError, match="not handed out"):
             await spool.finish_deferred(item, None)
+    async with spool_at(tmp_path, clock=clock) as again:
+        assert again.counters("postgres") == counters
+        assert again.recovery.messages == ()
 
 
 async def test_a_deferred_record_may_be_deferred_again_or_die(tmp_path):
