@@ -66,6 +66,8 @@ class _Letters(Protocol):
 
     def counters(self, store: str) -> Counters: ...
 
+    def flush_now(self) -> None: ...
+
     async def read(self, run: Callable[[sqlite3.Connection], _T]) -> _T: ...
 
     async def dead_letters(
@@ -168,6 +170,7 @@ class DeadLetters:
         if not chosen.log_ids:
             return await change(store=chosen.store, retry_class=chosen.retry_class, who=who, reason=reason)
         find = partial(view.letter_keys, log_ids=chosen.log_ids, store=chosen.store)
+        self._spool.flush_now()  # a record that died a moment ago is found too
         keys = await self._spool.read(find)
         total = 0
         for start in range(0, len(keys), _KEYS):

@@ -14,6 +14,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from sidecar.api.body import Budget
+from sidecar.api.guard import Guard
 from sidecar.api.listener import Listener
 from sidecar.api.parts import ApiParts, Found
 from sidecar.api.server import build_app
@@ -87,7 +88,11 @@ class Door:
 
 @contextlib.asynccontextmanager
 async def open_door(
-    directory: Path, settings: Settings | None = None, routes: Iterable[web.RouteDef] = (), address: str | None = None
+    directory: Path,
+    settings: Settings | None = None,
+    routes: Iterable[web.RouteDef] = (),
+    address: str | None = None,
+    guard: Guard | None = None,
 ) -> AsyncIterator[Door]:
     """A running door whose spool is in ``directory``."""
     settings = settings or Settings()
@@ -126,7 +131,7 @@ async def open_door(
         read_token=TokenFile(lambda: door.settings.reads.token_file),
         budget=Budget(64 * MIB),
     )
-    door.listener = Listener(build_app(parts, routes), address or "127.0.0.1:0", settings.listen)
+    door.listener = Listener(build_app(parts, routes, guard), address or "127.0.0.1:0", settings.listen)
     await door.listener.start()
     try:
         async with aiohttp.ClientSession() as door.client:
