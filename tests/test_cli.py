@@ -75,10 +75,19 @@ def test_wrong_configuration_is_one_line_and_exit_2(good):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", [verb.name for verb in cli.VERBS if verb.name not in ("version", "dev")])
+MORE_WORDS = {
+    "drain": ["--spool", "x"],
+    "spool": ["ls"],
+    "dead-letter": ["ls"],
+    "store": ["pause", "postgres", "--why", "x"],
+}
+
+
+@pytest.mark.parametrize("verb", [verb.name for verb in cli.VERBS if verb.name not in ("version", "dev", "demo")])
 def test_every_verb_with_a_configuration_refuses_a_missing_one_with_2(verb, tmp_path, capsys):
     """No verb starts anything where the configuration cannot be read."""
-    assert cli.main([verb, "--config", str(tmp_path / "none.yaml")]) == 2
+    words = [verb, *MORE_WORDS.get(verb, [])]
+    assert cli.main([*words, "--config", str(tmp_path / "none.yaml")]) == 2
     assert "ENOENT" in capsys.readouterr().err
 
 

@@ -20,6 +20,7 @@ from sidecar.settings import Secret
 
 _CONNECT: Final = 2.0  # seconds
 _ANSWER: Final = 60.0  # seconds between two pieces of an answer
+_PIECE: Final = 64 * 1024  # bytes
 _LOCAL: Final = frozenset({"0.0.0.0", "[::]", "::", ""})  # noqa: S104  (an address to listen on; we dial the loopback)
 _ERRORS: Final[Mapping[int, type[SidecarError]]] = {
     400: BadRequest,
@@ -86,10 +87,13 @@ class Client:
     def lines(self, path: str, **query: object) -> Iterator[dict[str, Any]]:
         """An NDJSON stream, whole or an error."""
         with self._answer("GET", _with(path, query), None) as answer, self._breaks():
-            while line := answer.readline():
-                if not line.endswith(b"\n"):
-                    raise http.client.IncompleteRead(line)
-                yield json.loads(line)
+            rest = b""
+            while piece := answer.read(_PIECE):  # and not readline, which takes a missing last chunk for the end
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    yield json.loads(line)
+            if rest or answer.length:  # half a line, or fewer bytes than announced
+                raise http.client.IncompleteRead(rest)
 
     def _document(self, method: str, path: str, body: Mapping[str, object] | None) -> dict[str, Any]:
         with self._answer(method, path, body) as answer, self._breaks():

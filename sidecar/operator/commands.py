@@ -86,7 +86,9 @@ def spool(args: argparse.Namespace) -> int:
 def _spool_ls(args: argparse.Namespace, access: Access) -> int:
     accounts = access.accounts()
     if args.json:
-        return _print_lines([*accounts, *access.frames()])
+        _print_lines(accounts)
+        _print_lines(access.frames())
+        return 0
     _say(f"{access.where}\n")
     _table(
         ("STORE", "PENDING", "DEAD", "OWED", "DELIVERED", "RELEASED", "DISCARDED", "QUARANTINED"),
