@@ -29,6 +29,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import msgspec
@@ -78,6 +79,14 @@ class SpoolPort(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request that waits for room, and how full the spool was when it began to."""
+
+    made: asyncio.Future[bool]
+    used: int
+
+
 class Intent(msgspec.Struct, frozen=True):
     """The release that was begun last, as the spool keeps it (JSON; fields are only ever added)."""
 
@@ -100,14 +109,20 @@ class Overflow:
         *,
         ledgers: Mapping[StoreName, GapLedger],
         policy: Callable[[], Policy],
+        delivering: Callable[[StoreName], bool],
         options: settings.Spool,
         instance: str,
         clock: Clock,
     ) -> None:
-        """``options`` give cap and watermarks, ``policy`` the phase in force, ``instance`` this one's name."""
+        """Join the parts.
+
+        ``policy`` is the phase in force, ``delivering`` says whether a store takes records now, ``options`` give cap
+        and watermarks, ``instance`` is this one's name.
+        """
         self._spool = spool
         self._ledgers = ledgers
         self._policy = policy
+        self._delivering = delivering
         self._instance = instance
         self._clock = clock
         cap = options.cap_bytes
@@ -115,7 +130,7 @@ class Overflow:
         self._start = int(cap * (options.low_watermark + options.high_watermark) / 2)
         self._plan_bytes = min(_PLAN_BYTES, cap // 16)
         self._asked = asyncio.Event()
-        self._waiting: list[asyncio.Future[bool]] = []
+        self._waiting: list[_Waiting] = []
         self._paused_until = 0.0
         self._trouble = ""
         self._known: dict[StoreName, Sequence[GapLine]] = {}
@@ -133,21 +148,23 @@ class Overflow:
             self._asked.clear()
             if self._waiting or (self._spool.state().bytes_used >= self._start and not self._paused):
                 await self._relieve()
+                self._answer_rest()
 
     async def make_room(self, busy: Busy) -> bool:
-        """Whether an append that met ``busy`` should be tried again: something was released meanwhile.
+        """Whether an append that met ``busy`` should be tried again: there is more room than before.
 
-        Waits for one release, at most five seconds. False at once where a release cannot help or cannot be written
-        down: then it is a required store, or the disk, that pushes the application back.
+        Waits for one release, at most five seconds; also while what could be released is still on its way to the
+        required stores. False at once where none of this can help: then it is a required store that takes nothing, or
+        the disk, that pushes the application back.
         """
         if busy.reason != "spool_full" or self._paused:
             return False
-        made: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiting.append(made)
+        waiting = _Waiting(asyncio.get_running_loop().create_future(), self._spool.state().bytes_used)
+        self._waiting.append(waiting)
         self._asked.set()
         try:
             async with asyncio.timeout(_PATIENCE):
-                return await made
+                return await waiting.made
         except TimeoutError:
             return False
 
@@ -165,14 +182,29 @@ class Overflow:
         except StoreError as error:
             self._paused_until = self._clock.monotonic() + _PAUSE
             self._report(f"{error.store}: {error.reason}")
-        finally:
-            self._answer(made=False)
 
     def _answer(self, *, made: bool) -> None:
         waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(made)
+        for each in waiting:
+            if not each.made.done():
+                each.made.set_result(made)
+
+    def _answer_rest(self) -> None:
+        """Nothing may go now. Those whose room came by itself try again; the others wait only where that can help."""
+        if self._paused or not self._may_come():
+            self._answer(made=False)
+            return
+        state = self._spool.state()
+        self._waiting = [each for each in self._waiting if not each.made.done()]
+        for each in self._waiting:
+            if state.accepting and state.bytes_used < each.used:
+                each.made.set_result(True)
+
+    def _may_come(self) -> bool:
+        """A best-effort backlog is there, and every required store is taking what it has to confirm first."""
+        required = self._policy().required
+        behind = any(self._spool.counters(store).pending for store in STORES if store not in required)
+        return behind and all(self._delivering(store) for store in required)
 
     async def _release_one(self) -> int:
         """One plan of any store; records released. Raises StoreError: the ledger did not take it, nothing went."""

@@ -63,12 +63,15 @@ def opened(directory: Path) -> Spool:
 
 
 @asynccontextmanager
-async def watching(spool: Spool, ledger: Ledger, phase: Phase = Phase.DUAL_WRITE) -> AsyncIterator[Overflow]:
-    """A running overflow."""
+async def watching(
+    spool: Spool, ledger: Ledger, phase: Phase = Phase.DUAL_WRITE, *, up: bool = True
+) -> AsyncIterator[Overflow]:
+    """A running overflow; ``up``: the required stores take records."""
     overflow = Overflow(
         spool,
         ledgers={POSTGRES: ledger, DYNAMODB: ledger},
         policy=lambda: TABLE[phase],
+        delivering=lambda _: up,
         options=OPTIONS,
         instance="pod-1",
         clock=SystemClock(),
@@ -174,6 +177,7 @@ async def test_a_crash_at_each_stage_counts_no_record_twice(tmp_path, when):
         spool,
         ledgers={POSTGRES: ledger},
         policy=lambda: TABLE[Phase.DUAL_WRITE],
+        delivering=lambda _: True,
         options=OPTIONS,
         instance="pod-1",
         clock=SystemClock(),
@@ -217,11 +221,11 @@ class _Crashing:
         await self._crash()
 
 
-async def test_what_a_required_store_has_not_confirmed_is_never_released(tmp_path):
-    """Both stores behind: the door closes, nothing goes; as the required one confirms, room is made."""
+async def test_what_a_required_store_that_is_down_has_not_confirmed_is_never_released(tmp_path):
+    """Both stores behind: the door closes at once, nothing goes; as the required one confirms, room is made."""
     spool, ledger = opened(tmp_path), Ledger()
     try:
-        async with watching(spool, ledger) as overflow:
+        async with watching(spool, ledger, up=False) as overflow:
             with pytest.raises(Busy) as raised:
                 await append(spool, 0, 4000)
             assert not await overflow.make_room(raised.value)
@@ -232,6 +236,29 @@ async def test_what_a_required_store_has_not_confirmed_is_never_released(tmp_pat
             holds(spool)
     finally:
         await spool.close()
+
+
+async def test_a_request_waits_while_a_required_store_is_confirming_what_can_be_released_then(tmp_path):
+    """The required store is up and behind: no refusal, but a release as soon as it has confirmed."""
+    spool, ledger = opened(tmp_path), Ledger()
+    try:
+        async with watching(spool, ledger) as overflow:
+            with pytest.raises(Busy) as raised:
+                await append(spool, 0, 4000)
+            asked = asyncio.create_task(overflow.make_room(raised.value))
+            assert not await settles(asked)
+            assert spool.counters("dynamodb").released == 0
+            await confirm(spool)
+            assert await asked
+            assert spool.counters("dynamodb").released > 0
+    finally:
+        await spool.close()
+
+
+async def settles(task: asyncio.Task[bool]) -> bool:
+    """Whether a task ends within some rounds of the part's poll."""
+    await asyncio.wait((task,), timeout=0.3)
+    return task.done()
 
 
 async def test_required_and_strengthened_backlogs_push_back_and_are_never_released(tmp_path):

@@ -46,6 +46,7 @@ from sidecar.overflow import Overflow
 from sidecar.phase import STORES, StoreName
 from sidecar.reads import Reads, Shadow, always
 from sidecar.reload import Change, Watcher, subpath_warning
+from sidecar.retry import State
 from sidecar.screening import Minter
 from sidecar.settings import MIB
 from sidecar.shipper import Shipper
@@ -200,6 +201,7 @@ class _Sidecar:
             self._spool,
             ledgers={name: store.gap_ledger for name, store in self._stores.items()},
             policy=lambda: self._switch.policy,
+            delivering=lambda name: self._shippers[name].status().state in (State.UP, State.THROTTLED),
             options=self._settings.spool,
             instance=self._instance(),
             clock=self._clock,

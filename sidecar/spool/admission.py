@@ -87,7 +87,9 @@ class Admission:
         """
         reason = self.reason
         if not reason:
-            if self.used + size > self._settings.cap_bytes:
+            if self.used >= self._settings.cap_bytes * self._settings.high_watermark:
+                reason = self.reason = "spool_full"  # closes at once: the next figures may be some commits away
+            elif self.used + size > self._settings.cap_bytes:
                 reason = "spool_full"
             elif self.waiting and self.waiting + size > _WAITING_BYTES:
                 reason = "spool_slow"

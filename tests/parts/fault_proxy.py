@@ -14,6 +14,7 @@ or keys passed on; ``bodies`` keeps the last requests as ``(operation, body)``.
 """
 
 import asyncio
+import io
 import json
 import ssl
 from collections import Counter, deque
@@ -209,7 +210,8 @@ class FaultProxy:
         names = ("X-Amz-Target", "X-Amz-Date", "Authorization", "Content-Type", "X-Amz-Security-Token")
         headers = {name: request.headers[name] for name in names if name in request.headers}
         assert self._client is not None
-        async with self._client.post(self._upstream, data=json.dumps(body).encode(), headers=headers) as response:
+        sent = io.BytesIO(json.dumps(body).encode())  # aiohttp warns of large bodies that are plain bytes
+        async with self._client.post(self._upstream, data=sent, headers=headers) as response:
             answer = await response.read()
             if response.status == 200:
                 self.applied[operation] += size
