@@ -174,7 +174,7 @@ def _delivery(s: Scale) -> tuple[Alert, ...]:
             "SidecarThrottled",
             "delivery",
             f"sum by ({APP}, store)"
-            f' (rate(sidecar_store_retries_total{{class="throttle"}}[{s.window(15 * MINUTE)}])) > 1',
+            f' (rate(sidecar_store_retries_total{{class="throttle"}}[{s.window(15 * MINUTE)}])) > 0.5',
             s.hold(30 * MINUTE),
             "warning",
             f"{where} throttles the writes; capacity is short",

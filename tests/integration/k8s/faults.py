@@ -141,8 +141,8 @@ CASES = (
         {
             'sidecar_store_retries_total{store="dynamodb",class="throttle"}': (
                 steady(0, 10),
-                rising(120, 120, 60),
-                steady(7320, 30),
+                rising(60, 60, 60),  # once a second: as often as one pod asks a store that throttles everything
+                steady(3660, 30),
             )
         },
         quiet=35,

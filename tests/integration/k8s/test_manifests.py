@@ -183,9 +183,12 @@ def test_the_sidecar_starts_first_and_runs_without_any_privilege(overlay):
         assert pod["containers"][0] is container
         assert "restartPolicy" not in container
         assert not pod.get("initContainers")
-        words = container["lifecycle"]["preStop"]["exec"]["command"]
-        held = float(re.fullmatch(r"import time; time\.sleep\((\d+)\)", words[-1])[1])  # type: ignore[index]  # or fails
-        assert held + 25 < pod["terminationGracePeriodSeconds"]
+        *shell, script = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert shell == ["sh", "-c"]
+        held = re.fullmatch(r"sleep (\d+) && exec sidecar wait --timeout (\d+)", script)
+        assert held, script
+        drain = 25  # seconds; of the configuration that is deployed with it
+        assert sum(map(int, held.groups())) + drain < pod["terminationGracePeriodSeconds"]
     else:
         assert pod["initContainers"][0] is container
         assert container["restartPolicy"] == "Always"
@@ -209,7 +212,7 @@ def test_every_verb_that_a_manifest_calls_exists(target):
             if container["image"].startswith("hybrid-log-sidecar"):
                 called.add(container["args"][0])
             hooks = [h["exec"]["command"] for h in container.get("lifecycle", {}).values()]
-            called |= {words[1] for words in hooks if words[0] == "sidecar"}
+            called |= set(re.findall(r"\bsidecar ([a-z-]+)", "\n".join(" ".join(words) for words in hooks)))
     assert called
     assert called <= {verb.name for verb in VERBS}
 

@@ -1,7 +1,11 @@
 """A pod's life: started before the application, stopped after it, cut short, and started again on the same volume."""
 
 import asyncio
+import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,6 +13,8 @@ import aiohttp
 import pytest
 
 from tests.integration.k8s.kubelet import Pod, config
+from tests.integration.k8s.test_manifests import sidecar_of
+from tests.integration.k8s.tools import render
 from tests.parts.fault_proxy import FaultProxy, Reset
 from tests.parts.oracle import assert_holds, assert_same, read_dynamodb, read_postgres
 from tests.parts.tcp_proxy import TcpProxy
@@ -85,6 +91,48 @@ async def test_a_plain_container_goes_on_accepting_while_the_application_still_s
     await asyncio.sleep(1)
     await world.write(30)
     await world.stores(up=True)
+    assert await world.pod.exit_code() == 0
+    await world.assert_nothing_lost()
+
+
+def pre_stop(pod: Pod, *, grace: float, timeout: float) -> subprocess.Popen[bytes]:
+    """The hook of the plain container as it is deployed, in the sidecar's environment, with durations of a test."""
+    *shell, script = sidecar_of(render("overlays/pre-1.29"))["lifecycle"]["preStop"]["exec"]["command"]
+    script, changed = re.subn(r"sleep \d+ (.*) --timeout \d+", rf"sleep {grace:g} \1 --timeout {timeout:g}", script)
+    assert changed == 1, script
+    # `sidecar` must be that of this environment, whatever else the PATH has.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    own = {"SIDECAR_CONFIG": str(pod.volume.directory / "config.yaml"), "PATH": path}
+    return subprocess.Popen([*shell, script], env={**os.environ, **pod.environ, **own}, stderr=subprocess.PIPE)
+
+
+async def test_the_hook_of_a_plain_container_ends_when_nothing_is_pending_any_more(world):
+    """Both stores down and back: it succeeds, and everything that was accepted meanwhile is in both stores."""
+    await world.pod.start()
+    await world.stores(up=False)
+    await world.write(50)
+    hook = pre_stop(world.pod, grace=0, timeout=60)
+    await world.write(50)
+    assert hook.poll() is None
+    await world.stores(up=True)
+    _, told = await asyncio.to_thread(hook.communicate, timeout=90)
+    assert hook.returncode == 0, told
+    await world.assert_nothing_lost()
+    world.pod.terminate()
+    assert await world.pod.exit_code() == 0
+
+
+async def test_the_hook_of_a_plain_container_fails_where_records_are_left(world):
+    """Then kubelet makes an event of it; the records are still there for the drain."""
+    await world.pod.start()
+    await world.stores(up=False)
+    await world.write(50)
+    hook = pre_stop(world.pod, grace=0, timeout=0.5)
+    _, told = await asyncio.to_thread(hook.communicate, timeout=90)
+    assert hook.returncode == 1, told
+    assert b"100 records are still pending" in told  # of 50, owed to two stores
+    await world.stores(up=True)
+    world.pod.terminate()
     assert await world.pod.exit_code() == 0
     await world.assert_nothing_lost()
 
