@@ -12,13 +12,19 @@ import pytest
 from k8s.monitoring import alerts, panels
 from k8s.monitoring.promql import Scale
 from sidecar import settings
+from sidecar.clock import SystemClock
+from sidecar.gaps import GapLine
+from sidecar.stores.postgres import PostgresStore
 from tests.integration.k8s.kubelet import Pod, config
 from tests.integration.k8s.test_monitoring import PLANNED, metrics_named
 from tests.integration.k8s.tools import ROOT, run, tool
 from tests.integration.k8s.watching import SCRIPT, Recording, save, watched
 from tests.parts.postgres import connect
 
-pytestmark = pytest.mark.timeout(900)  # the run is the fixture of whichever test comes first
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.timeout(900),  # the run is the fixture of whichever test comes first
+]
 
 # Alerts that no fault of this run can raise; promtool covers them at their real durations.
 NOT_PLAYED = {
@@ -47,6 +53,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory, postgres_server, dynamod
     pod.apply(config("dual_write", pg, ddb))
     init = [sys.executable, "-m", "sidecar", "init-stores", "--config", str(pod.volume.directory / "config.yaml")]
     run(init, env={**os.environ, **pod.environ}, cwd=ROOT)
+    asyncio.run(_history_is_missing(pg))
     return asyncio.run(watched(base, pg, ddb))
 
 
@@ -56,6 +63,17 @@ async def _database(server) -> None:
         await connection.execute("CREATE DATABASE watching STRATEGY = file_copy")
     finally:
         await connection.close(timeout=5)
+
+
+async def _history_is_missing(pg: settings.Postgres) -> None:
+    """An open gap, as before a backfill: the ledger says so to every sidecar that starts."""
+    store = PostgresStore(pg, clock=SystemClock())
+    try:
+        await store.gap_ledger.put_gaps(
+            [GapLine(store="dynamodb", kind="history", hour=490_000, source="fleet", opened=4)]
+        )
+    finally:
+        await store.close()
 
 
 @pytest.mark.parametrize("alert", sorted(set().union(*(names for _, names in SCRIPT))))
