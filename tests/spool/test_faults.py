@@ -25,6 +25,7 @@ from tests.spool.harness import (
     settings,
     spool_at,
     take,
+    take_now,
     until,
 )
 
@@ -90,7 +91,7 @@ async def test_leftovers_that_find_no_room_wait_for_the_other_store_to_make_some
         spool._admission.enter = lambda size: None
         spool._admission.leave = lambda size: None
         accepted, _ = await fill(spool)
-        frames = await take(spool, "postgres")
+        frames = await take_now(spool, "postgres")
         for frame in frames:
             spool.cursor("postgres").settle(frame, [dead(i) for i in range(len(frame.records))])
         more = asyncio.ensure_future(spool.cursor("postgres").take(1, 1))
@@ -103,6 +104,8 @@ async def test_leftovers_that_find_no_room_wait_for_the_other_store_to_make_some
         copy = crash_copy(tmp_path / "a", tmp_path / "b")
         assert await deliver(spool, "dynamodb") == accepted
         await until(lambda: not spool.stalled("postgres"))
+        assert len(await spool.dead_letters(limit=2_000)) == len(accepted)
+        assert await spool.discard(who="me", reason="makes room") == len(accepted)
         await until(lambda: spool.state().accepting)
         assert not more.done()
         await put(spool, records(1), SQL_ONLY)
