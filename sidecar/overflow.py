@@ -7,7 +7,8 @@ large body is enough) waits for the next release instead of being refused (:meth
 
 ONE RELEASE, and what a crash or a failure at each stage leaves:
 
-1. ``spool.release_candidates``: a plan with its records by UTC hour of log_timestamp. Nothing has changed.
+1. ``spool.release_candidates``: a plan with its records by UTC hour of log_timestamp, reserved in memory, so that the
+   store is not handed them meanwhile. Nothing has changed on disk.
 2. The **intent** is made durable in the spool: the absolute counts that the ledger will show after this release, by
    hour, what they were before it, and the store's counter of released records. A crash after it: the next run compares
    that counter with the durable one; equal means that 4 did not happen, and the counts before are the base again.
@@ -16,8 +17,9 @@ ONE RELEASE, and what a crash or a failure at each stage leaves:
    released, the door closes at the high watermark (that is the required store's push-back), and it is tried again.
 4. ``spool.release``: the frames are settled and the counter grows, in one commit.
 
-INVARIANT: for each hour the ledger shows at least as many as were released. It shows more only where a plan was cut
-short between 3 and 4 and its records went to the store after all; backfill then finds nothing missing and closes it.
+INVARIANT: for each hour the ledger shows at least as many as were released. It shows more only where the process ended
+(or the backlog became required) between 3 and 4 and the records went to the store after all; backfill then finds
+nothing missing and closes it.
 
 The **source** of a line is ``instance/spool/first``: the spool's random name, because a new volume starts counting at
 nothing, and the first frame of a **campaign**. A campaign ends after 2,000 hours with a count, so that the intent stays
@@ -72,6 +74,14 @@ class SpoolPort(Protocol):
 
     async def release_candidates(self, store: str, max_bytes: int) -> ReleasePlan | None:
         """The oldest backlog that may go."""
+        ...
+
+    def reserve(self, plan: ReleasePlan) -> bool:
+        """Keep it from being handed out meanwhile; False where some of it was."""
+        ...
+
+    def unreserve(self, plan: ReleasePlan) -> None:
+        """Hand out again what was not released."""
         ...
 
     async def release(self, plan: ReleasePlan) -> int:
@@ -213,8 +223,11 @@ class Overflow:
             if keeper is None:
                 continue
             plan = await self._spool.release_candidates(store, self._plan_bytes)
-            if plan is not None:
-                return await self._release(store, plan, keeper)
+            if plan is not None and self._spool.reserve(plan):  # else the store has just taken some of it
+                try:
+                    return await self._release(store, plan, keeper)
+                finally:
+                    self._spool.unreserve(plan)
         return 0
 
     async def _release(self, store: StoreName, plan: ReleasePlan, keeper: StoreName) -> int:

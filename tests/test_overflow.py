@@ -18,7 +18,7 @@ from sidecar.gaps import GapLine
 from sidecar.overflow import Intent, Overflow
 from sidecar.phase import DYNAMODB, POSTGRES, TABLE, Phase
 from sidecar.record import LogRecord, encode
-from sidecar.spool import Obligation, Spool
+from sidecar.spool import Obligation, ReleasePlan, Spool
 from tests.parts.sidecar import eventually
 
 OPTIONS = settings.Spool(cap_bytes=16 * settings.MIB, ballast_bytes=0, allow_volatile=True)
@@ -303,5 +303,28 @@ async def test_a_campaign_ends_before_its_intent_grows_large(tmp_path):
         assert released > 2500
         assert len({line.source for line in await ledger.gaps()}) == 2
         assert len(msgspec.json.decode(value, type=Intent).after) < 2300
+    finally:
+        await spool.close()
+
+
+async def test_a_store_that_comes_back_during_a_release_is_not_handed_what_is_being_released(tmp_path):
+    """The ledger is exact: reserved frames wait; given up, they are handed out again, each record once."""
+    spool = opened(tmp_path)
+    try:
+        await append(spool, 0, 64)
+        await confirm(spool)
+        plan = await spool.release_candidates("dynamodb", 200_000)
+        assert plan is not None
+        assert spool.reserve(plan)
+        taken = await spool.cursor("dynamodb").take(1000, 64 * settings.MIB)
+        assert not {frame.seq for frame in taken} & set(plan.seqs)
+        assert not spool.reserve(ReleasePlan("dynamodb", (taken[0].seq,), {0: 8}, 8, 1))
+        spool.unreserve(plan)
+        taken = [*taken, *await spool.cursor("dynamodb").take(1000, 64 * settings.MIB)]
+        assert sorted(each.application_id for frame in taken for each in frame.records) == list(range(64))
+        assert await spool.release(plan) == 0
+        for frame in taken:
+            spool.cursor("dynamodb").settle(frame)
+        assert spool.counters("dynamodb").delivered == 64
     finally:
         await spool.close()

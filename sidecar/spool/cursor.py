@@ -1,7 +1,7 @@
 """One store's own way through the spool: from the tail cache while it keeps up, from the file while it does not.
 
-All numbers up to ``pos`` are settled for the store, in its hands, or unresolved. What is not owed to it is passed over
-and marked, so that its intervals grow together.
+All numbers up to ``pos`` are settled for the store, in its hands, reserved for release, or unresolved. What is not owed
+to it is passed over and marked, so that its intervals grow together.
 """
 
 import asyncio
@@ -39,6 +39,7 @@ class StoreCursor:
         self._account = account
         self._pos = account.marks.first_end
         self._taken: dict[int, _Taken] = {}
+        self._reserved: frozenset[int] = frozenset()  # being released: not handed out meanwhile
         self._hint_us = oldest_us  # accept time of a frame that is not younger than the next one
         self._waiter: asyncio.Future[None] | None = None
         self._turn = 0  # raised by rewind: what a read under way found is stale
@@ -87,6 +88,21 @@ class StoreCursor:
         self._pos = self._account.marks.first_end
         self._turn += 1
 
+    def reserve(self, seqs: Sequence[int]) -> bool:
+        """Hand none of these out until :meth:`unreserve`; False where one is in the consumer's hands or settled."""
+        if any(seq in self._taken or self._account.marks.covers(seq) for seq in seqs):
+            return False
+        self._reserved = frozenset(seqs)
+        return True
+
+    def unreserve(self) -> None:
+        """Hand out again what was reserved and is not settled."""
+        if self._reserved:
+            self._pos = min(self._pos, min(self._reserved) - 1)
+            self._reserved = frozenset()
+            self._turn += 1
+            self.wake()
+
     def holds(self, seq: int) -> bool:
         """True while the frame is with the consumer."""
         return seq in self._taken
@@ -116,7 +132,7 @@ class StoreCursor:
         """The first number >= seq that is neither settled nor taken."""
         marks = self._account.marks
         seq = marks.next_uncovered(seq)
-        while seq in self._taken:
+        while seq in self._taken or seq in self._reserved:
             seq = marks.next_uncovered(seq + 1)
         return seq
 
@@ -166,8 +182,8 @@ class StoreCursor:
             marks.add(at + 1, seq - 1)
             at = seq
             self._pos = max(self._pos, seq)
-            if header.flags & UNRESOLVED or marks.covers(seq) or seq in self._taken:
-                continue  # released, or handed out, while it was read
+            if header.flags & UNRESOLVED or marks.covers(seq) or seq in self._taken or seq in self._reserved:
+                continue  # released, reserved or handed out, while it was read
             if not header.owed & mask:
                 marks.add(seq)
                 continue

@@ -486,6 +486,14 @@ class Spool:
         """
         return await self._release.candidates(store, max_bytes)
 
+    def reserve(self, plan: ReleasePlan) -> bool:
+        """Keep the plan's frames from being handed out, until :meth:`unreserve`; False where one already was."""
+        return self._cursors[plan.store].reserve(plan.seqs)
+
+    def unreserve(self, plan: ReleasePlan) -> None:
+        """The plan is done or given up: what was not released is handed out again."""
+        self._cursors[plan.store].unreserve()
+
     async def release(self, plan: ReleasePlan) -> int:
         """Release a plan's frames; returns the records released (frames whose state changed since stay pending)."""
         return await self._release.release(plan)
