@@ -105,9 +105,9 @@ def _for_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from sidecar.embedded import demo  # noqa: PLC0415  (never in the production image)
+    from sidecar.embedded.demo import run  # noqa: PLC0415  (never in the production image)
 
-    return _run(demo.run(fast=args.fast))
+    return _run(run(fast=args.fast))
 
 
 def _wait(args: argparse.Namespace) -> int:
