@@ -32,9 +32,9 @@ ci-faults: $(STAMP)  ## what needs root: full disks and the like
 	$(BIN)/pytest -m root tests
 
 ci-integration: $(STAMP)  ## the rollout, with the field's real tools; root
-	$(BIN)/python -m pip install -q '.[k8s]'
+	@PYTHON='$(PYTHON)' .ci/venv '$(VENV)' '.[k8s]'
 	PYTHON=$(PYTHON) tests/integration/k8s/install
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/integration $(INTEGRATION)
 
 bench: $(STAMP)  ## the sidecar beside the naive baselines (BENCH="--quick")
 	$(BIN)/python -m benchmarks.run $(BENCH)
