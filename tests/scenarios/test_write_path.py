@@ -9,7 +9,9 @@ import asyncpg
 import pytest
 
 from tests.parts import oracle
+from tests.parts.account import adds_up, watching
 from tests.parts.fault_proxy import LoseReply, Refuse, Unprocess
+from tests.parts.postgres import connect
 from tests.parts.sidecar import eventually
 
 PAYLOAD = '{"b":1.10, "a":[1,2 ], "b":"twice", "\\u00e9":"\\ud83d\\ude00"}'
@@ -408,50 +410,32 @@ async def test_a_resend_has_no_second_effect_also_after_a_restart(stand, http):
     assert (found["status_code"], found["log_timestamp"]) == (200, "2025-12-31T22:00:00.123456Z")
 
 
-async def test_the_account_adds_up_at_every_scrape_through_outage_poison_and_restarts(stand, http):
+async def test_the_account_adds_up_at_every_scrape_through_outage_poison_and_three_restarts(stand, http):
     """The account: owed = delivered + pending + dead + released + discarded + quarantined, per store, always."""
+    connection = await connect(stand.postgres)
+    await connection.execute("ALTER TABLE integration_logs ADD CHECK (processing_time_ms <> 666)")
+    await connection.close()
     sidecar = await stand.sidecar().start()
-    stop = asyncio.Event()
-    scrapes = 0
-
-    async def scrape() -> None:
-        import aiohttp
-
-        nonlocal scrapes
-        while not stop.is_set():
-            try:
-                m = await sidecar.metrics()
-            except (aiohttp.ClientError, OSError):
-                await asyncio.sleep(0.02)
-                continue
-            for store in ("postgres", "dynamodb"):
-                key = f'{{store="{store}"}}'
-                if f"sidecar_store_records_owed_total{key}" not in m:
-                    continue
-                dead = sum(
-                    v for k, v in m.items() if k.startswith("sidecar_dead_letter_records{") and f'store="{store}"' in k
-                )
-                parts = ("delivered_total", "released_total", "discarded_total", "quarantined_total")
-                total = dead + m[f"sidecar_store_pending_records{key}"]
-                total += sum(m[f"sidecar_store_records_{p}{key}"] for p in parts)
-                assert m[f"sidecar_store_records_owed_total{key}"] == total
-                scrapes += 1
-
-    watcher = asyncio.create_task(scrape())
-    for round_ in range(3):
-        await stand.sql.refuse()
-        for _ in range(20):
-            await post(http, sidecar, [body(n) for n in range(20)])
-        await stand.sql.normal()
-        stand.dynamo.on("BatchWriteItem", Unprocess(0.5), LoseReply(), None)
-        for _ in range(20):
-            await post(http, sidecar, [body(n) for n in range(20)])
-        stand.dynamo.clear()
-        if round_ < 2:
-            sidecar.kill()
-            await sidecar.start()
-    await sidecar.drained()
-    stop.set()
-    await watcher
-    assert scrapes > 20
-    assert len(await both(stand)) == 3 * 800
+    async with watching(sidecar) as scrapes:
+        for round_ in range(4):
+            await stand.sql.refuse()
+            for _ in range(15):
+                await post(http, sidecar, [body(n) for n in range(20)])
+            await post(http, sidecar, [body(n, processing_time_ms=666 if n == 7 else n) for n in range(20)])
+            await stand.sql.normal()
+            stand.dynamo.on("BatchWriteItem", Unprocess(0.5), LoseReply(), None)
+            for _ in range(15):
+                await post(http, sidecar, [body(n) for n in range(20)])
+            stand.dynamo.clear()
+            if round_ < 3:
+                sidecar.kill()
+                await sidecar.start()
+        await sidecar.drained()
+        assert adds_up(await sidecar.metrics()) == 2
+    assert scrapes.seen > 20
+    metrics = await sidecar.metrics()
+    assert metrics['sidecar_dead_letter_records{reason="permanent",store="postgres"}'] == 4
+    sql, dynamo = await stand.in_postgres(), await stand.in_dynamodb()
+    assert len(dynamo) == 4 * 620
+    assert len(sql) == 4 * 619
+    oracle.assert_same(sql, {log_id: dynamo[log_id] for log_id in sql})
