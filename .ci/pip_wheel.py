@@ -2,8 +2,8 @@
 
     python pip_wheel.py DIRECTORY
 
-Looks where pip itself would: PIP_FIND_LINKS and PIP_INDEX_URL, then the same settings in pip's configuration files,
-then PyPI. Certificates: PIP_CERT or ``cert``, else the system's. A wheel from an index is used only if the index
+Looks where pip itself is told to: PIP_FIND_LINKS and PIP_INDEX_URL, then the same settings in pip's configuration
+files. Certificates: PIP_CERT or ``cert``, else the system's. A wheel from an index is used only if the index
 states its SHA-256 and it matches.
 """
 
@@ -100,7 +100,11 @@ def main(directory: str) -> int:
     if wheel is not None:
         print(wheel)
         return 0
-    page = setting("index-url", "https://pypi.org/simple").split()[0].rstrip("/") + "/pip/"
+    index = setting("index-url") or setting("extra-index-url")
+    if not index:
+        print("no package index is configured: set PIP_INDEX_URL to yours", file=sys.stderr)
+        return 1
+    page = index.split()[0].rstrip("/") + "/pip/"
     links = Links()
     try:
         links.feed(fetch(page).decode("utf-8", "replace"))
