@@ -100,7 +100,7 @@ def main(directory: str) -> int:
     if wheel is not None:
         print(wheel)
         return 0
-    index = setting("index-url") or setting("extra-index-url")
+    index = setting("index-url")
     if not index:
         print("no package index is configured: set PIP_INDEX_URL to yours", file=sys.stderr)
         return 1
