@@ -191,6 +191,46 @@ async def test_a_refused_append_leaves_no_trace(door: Door) -> None:
     assert (await door.intake.accept(text(own(), own(OTHER)), Form.JSON)).duplicates == []
 
 
+async def test_a_push_back_that_makes_room_is_tried_again_under_the_phase_of_then(door: Door) -> None:
+    """Nobody is refused, and what the phase requires meanwhile is what the records are owed as."""
+    gate = asyncio.Event()
+    gate.set()
+    door.intake._spool = _Full(door, gate)  # type: ignore[assignment]
+    asked: list[str] = []
+
+    async def make_room(busy: Busy) -> bool:
+        asked.append(busy.reason)
+        door.phase = Phase.DUAL_WRITE_READ_DYNAMO
+        return True
+
+    door.intake._make_room = make_room
+    outcome = await door.intake.accept(text(own()), Form.JSON)
+    assert asked == ["spool_full"]
+    assert outcome.policy is TABLE[Phase.DUAL_WRITE_READ_DYNAMO]
+    (log_id,) = outcome.log_ids
+    status = await door.spool.status(log_id or "")
+    assert status is not None
+    assert status.required == {"postgres", "dynamodb"}
+
+
+async def test_a_push_back_without_room_and_a_door_closed_meanwhile_are_the_answer(door: Door) -> None:
+    """Nobody makes room: Busy as the spool said it. Room, but fail-closed by then: that Busy."""
+    gate = asyncio.Event()
+    gate.set()
+
+    async def make_room(busy: Busy) -> bool:
+        door.closed = Busy("fail_closed", "closed", 5)
+        return True
+
+    for room, reason in ((door.intake._make_room, "spool_full"), (make_room, "fail_closed")):
+        door.intake._spool = _Full(door, gate)  # type: ignore[assignment]
+        door.intake._make_room = room
+        with pytest.raises(Busy) as raised:
+            await door.intake.accept(text(own()), Form.JSON)
+        assert raised.value.reason == reason
+    assert owed(door) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("body", "error"),
     [({"service_name": ""}, InvalidRecord), ({"service_name": "s", "request_data": "x" * 300_000}, TooLarge)],
