@@ -15,7 +15,7 @@ import asyncpg
 import msgspec
 import pytest
 
-from sidecar import settings
+from sidecar import settings, shipper
 from sidecar.clock import SystemClock
 from sidecar.dead_letter import Selection
 from sidecar.record import LogRecord
@@ -145,8 +145,9 @@ async def test_a_parent_row_that_appears_later_saves_its_records(tmp_path, postg
         assert await database.numbers() == list(range(1, 56))
 
 
-async def test_a_parent_row_that_never_appears_is_a_dead_letter_after_the_grace(tmp_path, postgres):
+async def test_a_parent_row_that_never_appears_is_a_dead_letter_after_the_grace(tmp_path, postgres, monkeypatch):
     """23503 for good: one dead letter after all its tries, the others delivered."""
+    monkeypatch.setattr(shipper, "_DEFERRED_POLL", 0.02)
     retry = msgspec.structs.replace(QUICK, fk_grace=0.3)
     async with into_postgres(tmp_path, postgres, FOREIGN, retry=retry) as database:
         await database.delivery.accept([record(n) for n in range(1, 52)])

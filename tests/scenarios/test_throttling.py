@@ -18,7 +18,7 @@ RATE = 200
 async def test_the_offer_settles_at_the_stores_rate_and_starts_slowly_after_an_outage(
     tmp_path, dynamodb_behind_proxy: DynamoDBStore, dynamodb_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ):
-    """0.7 to 1.1 of the rate over five seconds, counted at the proxy; a tenth of it in the first second back.
+    """0.7 to 1.1 of the rate over four seconds, counted at the proxy; a tenth of it in the first second back.
 
     What is a long outage is scaled down: five seconds to one, so that 1.5 s stand for five minutes.
     """
@@ -30,9 +30,9 @@ async def test_the_offer_settles_at_the_stores_rate_and_starts_slowly_after_an_o
         for start in range(0, 6000, 500):
             await delivery.accept([record(n) for n in range(start, start + 500)])
         await delivery.state(State.THROTTLED)
-        await asyncio.sleep(6)  # settles
+        await asyncio.sleep(5)  # settles
         began, before, taken = time.monotonic(), offered["BatchWriteItem"], proxy.applied["BatchWriteItem"]
-        await asyncio.sleep(5)
+        await asyncio.sleep(4)
         seconds = time.monotonic() - began
         assert 0.7 * RATE <= (offered["BatchWriteItem"] - before) / seconds <= 1.1 * RATE
         assert 0.7 * RATE <= (proxy.applied["BatchWriteItem"] - taken) / seconds <= 1.1 * RATE
