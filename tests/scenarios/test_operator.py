@@ -438,7 +438,12 @@ async def test_ctrl_c_ends_the_demo_and_all_that_it_started(tmp_path):
     for parent in list(tmp_path.parents)[:2]:
         parent.chmod(0o755)  # as root PostgreSQL runs as nobody
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sidecar", "demo"), cwd=ROOT, env=environ, stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "sidecar", "demo"),
+        cwd=ROOT,
+        env=environ,
+        stdout=asyncio.subprocess.PIPE,
+        # A run in the background of a shell inherits SIGINT as ignored; a terminal's child does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         stdout = process.stdout
