@@ -142,7 +142,7 @@ def _open_database(
         except _DAMAGE as exc:
             if isinstance(exc, sqlite3.Error) and schema.code(exc) not in _CORRUPT:
                 raise
-    recovery.rebuild(plan.directory, found, plan.connector, plan.settings)
+    recovery.rebuild(plan.directory, found, plan.connector)
     recovery.exchange(plan.directory, quarantine)
     found.messages.append(f"spool: the damaged files are kept in {quarantine.path.name}")
     return _load(plan, last, found, quarantine, final=True), found

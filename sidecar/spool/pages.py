@@ -125,22 +125,27 @@ def _columns(payload: bytes) -> list[Value]:
         raise ValueError("a record's header reaches over its end")
     kinds = []
     while at < header:
-        kind, at = _varint(payload, at)
+        kind = payload[at]
+        if kind < 0x80:  # noqa: PLR2004  (the usual varint of one byte)
+            at += 1
+        else:
+            kind, at = _varint(payload, at)
         kinds.append(kind)
     values: list[Value] = []
     for kind in kinds:
-        value, size = _value(kind, payload, at)
+        size = _INTEGERS.get(kind)
+        if size is not None:
+            values.append(int.from_bytes(payload[at : at + size], "big", signed=True))
+        else:
+            value, size = _value(kind, payload, at)
+            values.append(value)
         at += size
-        if at > len(payload):
-            raise ValueError("a record is cut short")
-        values.append(value)
+    if at > len(payload):
+        raise ValueError("a record is cut short")
     return values
 
 
 def _value(kind: int, payload: bytes, at: int) -> tuple[Value, int]:
-    if kind in _INTEGERS:
-        size = _INTEGERS[kind]
-        return int.from_bytes(payload[at : at + size], "big", signed=True), size
     if kind >= 12:  # noqa: PLR2004  (serial types of the format: even = blob, odd = text)
         size = (kind - 12) // 2
         raw = payload[at : at + size]

@@ -16,7 +16,6 @@ from typing import Self
 from sidecar.clock import Clock
 from sidecar.errors import SpoolRefused
 from sidecar.record import encode
-from sidecar.settings import Spool as SpoolSettings
 from sidecar.spool import disk, framing, progress, salvage, schema, wal
 from sidecar.spool.ledger import Ledger
 from sidecar.spool.types import RecoveryReport
@@ -207,39 +206,38 @@ def _take_over(connection: sqlite3.Connection, haul: salvage.Haul, reached: int,
         found.messages.append(f"spool: {found.salvaged} records were salvaged from the damaged log")
 
 
-def rebuild(directory: Path, found: Findings, connector: Connect, settings: SpoolSettings) -> None:
+def rebuild(directory: Path, found: Findings, connector: Connect) -> None:
     """Salvage a database that cannot be trusted into a new file, to be put in its place by :func:`exchange`.
 
     The old one is only read; a crash on the way starts over.
     """
-    haul = salvage.from_database(directory / disk.DATABASE, found.log)
-    found.behind = None  # the log's pages were read along
+    found.behind = None  # the log's pages are read along
     found.unclean = True
-    records = sum(frame.header.n for frame in haul.frames.values())
-    found.salvaged += records
     found.lower_bound = True
-    found.messages.append(
-        f"spool: {disk.DATABASE} is damaged; {records} records in {len(haul.frames)} frames were salvaged"
-        " into a new file"
-    )
-    for table in salvage.SMALL:
-        if table not in haul.small:
-            found.messages.append(f"spool: the table {table} is damaged; its rows are only in the file kept aside")
     making = directory / f"{disk.DATABASE}.making"
-    for leftover in (making, making.with_name(making.name + "-wal")):  # of an attempt that was cut off
-        leftover.unlink(missing_ok=True)
+    making.unlink(missing_ok=True)  # of an attempt that was cut off
     disk.create_private(making)
+    haul = salvage.Haul()
     with contextlib.closing(connector(str(making))) as connection:
-        schema.configure(connection, settings)
-        connection.execute("PRAGMA max_page_count = 1073741823").fetchall()
+        schema.configure_throwaway(connection)
         schema.create_or_check(connection)
         connection.execute("BEGIN IMMEDIATE")
-        salvage.put(connection, haul)
+        for _ in salvage.from_database(directory / disk.DATABASE, found.log, haul):
+            salvage.empty_into(connection, haul)
+        salvage.put_small(connection, haul)
         connection.execute("COMMIT")
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     disk.sync_file(making)
     making.rename(directory / disk.REBUILT)
     disk.sync_directory(directory)
+    found.salvaged += haul.records
+    found.messages.append(
+        f"spool: {disk.DATABASE} is damaged; {haul.records} records of frames were salvaged into a new file"
+    )
+    found.messages += [
+        f"spool: the table {table} is damaged; its rows are only in the file kept aside"
+        for table in salvage.SMALL
+        if table not in haul.small
+    ]
 
 
 def exchange(directory: Path, quarantine: Quarantine) -> bool:

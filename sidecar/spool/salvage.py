@@ -30,6 +30,7 @@ SMALL: Final = {
 """The tables without checksums, and what their columns hold."""
 _WIDTHS: Final = {"frames": 13, "progress": 12, "leftovers": 20}
 _KEYED: Final = frozenset({"frames", "progress", "leftovers", "resolutions", "seen", "audit"})  # rowid = first column
+_BATCH_BYTES: Final = 8 * 1024 * 1024
 _LEFTOVER_TEXTS: Final = (1, 14, 15, 16)
 _LEFTOVER_NUMBERS: Final = (2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 17, 18)
 
@@ -50,6 +51,8 @@ class Haul:
     leftovers: dict[int, tuple[pages.Value, ...]] = field(default_factory=dict)
     small: dict[str, list[tuple[pages.Value, ...]]] = field(default_factory=dict)
     unsound: dict[int, tuple[pages.Value, ...]] = field(default_factory=dict)  # rows whose header checksum fails
+    size: int = 0  # bytes of bodies since it was emptied
+    records: int = 0  # in sound frames
 
     def take(self, rowid: int, columns: Sequence[pages.Value]) -> None:
         """Take a row of one of the three tables that can be told by their shape."""
@@ -63,9 +66,11 @@ class Haul:
 
     def _frame(self, values: tuple[pages.Value, ...]) -> None:
         *small, body = values
+        self.size += len(body) if isinstance(body, bytes) else 0
         header = Header(*small)  # type: ignore[arg-type]  # its checksum covers the types too
         if header.sound and isinstance(body, bytes):
-            self.frames.setdefault(header.seq, SavedFrame(header, body.ljust(header.size, b"\0")))
+            self.records += 0 if header.seq in self.frames else header.n
+            self.frames[header.seq] = SavedFrame(header, body.ljust(header.size, b"\0"))
         elif isinstance(body, bytes):
             self.unsound[header.seq] = values
 
@@ -85,6 +90,7 @@ class Haul:
             return
         if values[2] in (DEFERRED, DEAD) and (not isinstance(body, bytes) or crc32(body) != crc):
             return
+        self.size += len(body) if isinstance(body, bytes) else 0
         self.leftovers.setdefault(key, values)
 
 
@@ -113,8 +119,11 @@ def from_log(log: Walk, database: Path) -> Haul:
     return haul
 
 
-def from_database(database: Path, log: Walk | None) -> Haul:
-    """All rows that can be told from the pages of a database and the log that belongs to it."""
+def from_database(database: Path, log: Walk | None, haul: Haul) -> Iterator[None]:
+    """All rows that can be told from the pages of a database and the log that belongs to it.
+
+    Yields from time to time, for the haul to be emptied: memory does not grow with the file.
+    """
     overlay: dict[int, bytes] = {}
     for frame in log.frames if log is not None else ():
         if frame.good and log is not None:
@@ -127,15 +136,16 @@ def from_database(database: Path, log: Walk | None) -> Haul:
             image = overlay.get(number)
             return image if image is not None else read_page(fd, number)
 
-        haul = Haul()
         for number in range(1, last + 1):
             page = fetch(number)
             if page is not None and pages.is_leaf(page, number):
                 _harvest(page, number, fetch, haul)
+            if haul.size > _BATCH_BYTES:
+                yield
         _small_tables(fetch, haul)
+        yield
     finally:
         os.close(fd)
-    return haul
 
 
 def _harvest(page: bytes, number: int, fetch: pages.Fetch, haul: Haul) -> None:
@@ -181,14 +191,20 @@ def roots(fetch: pages.Fetch) -> Iterator[tuple[str, int]]:
                     yield name, root
 
 
-def put(connection: sqlite3.Connection, haul: Haul) -> None:
-    """Write a haul into a new, empty spool, in one transaction."""
-    progress.store(connection, list(haul.progress.values()))
-    put_frames(connection, haul.frames.values())
-    for seq, row in haul.unsound.items():  # dealt with one by one when the frames are counted
-        if seq not in haul.frames:
-            connection.execute(f"INSERT OR IGNORE INTO frames VALUES({', '.join('?' * 13)})", row)
+def empty_into(connection: sqlite3.Connection, haul: Haul) -> None:
+    """Write the large rows of a haul into a new spool, and forget them."""
+    insert = f"INTO frames VALUES({', '.join('?' * 13)})"  # unsound ones are dealt with when the frames are counted
+    connection.executemany(f"INSERT OR REPLACE {insert}", ((*f.header, f.body) for f in haul.frames.values()))
+    connection.executemany(f"INSERT OR IGNORE {insert}", haul.unsound.values())
     put_leftovers(connection, haul.leftovers.values())
+    for rows in (haul.frames, haul.unsound, haul.leftovers):
+        rows.clear()
+    haul.size = 0
+
+
+def put_small(connection: sqlite3.Connection, haul: Haul) -> None:
+    """Write the accounts and the small tables into a new spool."""
+    progress.store(connection, list(haul.progress.values()))
     for name, rows in haul.small.items():
         for row in rows:
             connection.execute(f"INSERT OR IGNORE INTO {name} VALUES({', '.join('?' * len(row))})", row)

@@ -125,6 +125,18 @@ def configure(connection: sqlite3.Connection, settings: SpoolSettings) -> None:
             )
 
 
+def configure_throwaway(connection: sqlite3.Connection) -> None:
+    """For a file that is filled, flushed and only then put in its place: no journal, nothing flushed on the way."""
+    for pragma in (
+        f"page_size = {PAGE}",
+        "auto_vacuum = INCREMENTAL",
+        "journal_mode = OFF",
+        "synchronous = OFF",
+        "secure_delete = OFF",
+    ):
+        connection.execute(f"PRAGMA {pragma}").fetchall()
+
+
 def create_or_check(connection: sqlite3.Connection) -> None:
     """Create the tables in an empty file; refuse a file of somebody else's or of a newer sidecar.
 
