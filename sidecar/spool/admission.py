@@ -11,7 +11,7 @@ from typing import Final
 from sidecar.clock import Clock
 from sidecar.errors import Busy
 from sidecar.settings import Spool as SpoolSettings
-from sidecar.spool.committer import Stats
+from sidecar.spool.work import Stats
 
 _MIB: Final = 1024 * 1024
 _WAITING_BYTES: Final = 64 * _MIB  # of appends that no commit has taken

@@ -14,9 +14,9 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from sidecar.clock import Clock
 from sidecar.errors import Busy, SpoolFailed
@@ -24,6 +24,7 @@ from sidecar.record import LogRecord
 from sidecar.settings import Spool as SpoolSettings
 from sidecar.spool import disk, divergence, framing, schema, window
 from sidecar.spool.framing import Chunk, Entry
+from sidecar.spool.work import Append, Key, Read, Stats, Stop, Write
 
 _GROUP_BYTES: Final = 16 * 1024 * 1024  # of records in one transaction
 _STATS_EVERY: Final = 0.02  # seconds
@@ -34,67 +35,7 @@ _KEPT_FREE_PAGES: Final = 1024  # 4 MiB that the file does not give back
 _WRITTEN: Final = "INSERT INTO meta VALUES('written', ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value"
 _CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
-Run = Callable[[sqlite3.Connection], Any]
-
-
-class Key(NamedTuple):
-    """What the records of one frame have in common."""
-
-    phase: int
-    owed: int
-    required: int
-    flags: int
-
-
-@dataclass(slots=True, eq=False)
-class Append:
-    """Records of one call, all in one commit."""
-
-    key: Key
-    chunks: Sequence[Chunk]
-    seen: bytes
-    size: int
-    future: "asyncio.Future[tuple[int, ...]]"
-    seqs: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Write:
-    """Something to do inside the next transaction; ``done`` is called on the loop with what ``run`` returned."""
-
-    run: Run
-    future: "asyncio.Future[Any]"
-    done: Callable[[Any], None] | None = None
-    refusable: bool = False  # may be given up with Busy when there is no room
-    marks: int = 0  # only marks, which a crash may lose: their generation (from 1); 0 for everything else
-    measured: bool = False  # admission is to know at once what room it made
-
-
-@dataclass(slots=True, eq=False)
-class Read:
-    """Something to look up, outside a transaction, after the writes that were asked for before."""
-
-    run: Run
-    future: "asyncio.Future[Any]"
-    done: None = None
-
-
 _Answer = tuple[Write | Read, Any]
-
-
-class Stop:
-    """The last thing in the queue: checkpoint, close."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What admission decides by."""
-
-    used: int  # bytes: live pages and the write-ahead log
-    disk_free: int
-    ballast: bool  # whole, or switched off
-    commit_seconds: float
-    stuck: str  # "", or why marks find no room: "spool_full", "disk_full"
 
 
 @dataclass(slots=True)

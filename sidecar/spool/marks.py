@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from sidecar.spool import divergence, progress
-from sidecar.spool.committer import Key
 from sidecar.spool.divergence import Pair
 from sidecar.spool.framing import UNRESOLVED
 from sidecar.spool.ledger import Exceptional, MarkRow, Resolution, Snapshot
 from sidecar.spool.progress import Progress
 from sidecar.spool.schema import DEFERRED
 from sidecar.spool.types import AuditLine
+from sidecar.spool.work import Key
 
 INSERT_LEFTOVER: Final = f"""INSERT INTO leftovers(store, state, seq, idx, log_id, phase, owed, required, accepted_us,
     first_us, last_us, due_us, attempts, retry_class, reason, code, size, crc, body)

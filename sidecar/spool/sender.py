@@ -12,8 +12,8 @@ from typing import Final
 
 from sidecar.errors import Busy
 from sidecar.spool import marks
-from sidecar.spool.committer import Write
 from sidecar.spool.ledger import Ledger, Snapshot
+from sidecar.spool.work import Write
 
 _RIDE_AFTER: Final = 0.025  # seconds since the last marks: then they ride on a commit
 _ALONE_AFTER: Final = 0.05  # seconds: then they go alone

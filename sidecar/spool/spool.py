@@ -15,7 +15,7 @@ from sidecar.settings import Dedup
 from sidecar.settings import Spool as SpoolSettings
 from sidecar.spool import damage, framing, marks, opening, window
 from sidecar.spool.admission import Admission
-from sidecar.spool.committer import Append, Committer, Key, Read, Stats, Stop, Write
+from sidecar.spool.committer import Committer
 from sidecar.spool.cursor import StoreCursor
 from sidecar.spool.fates import Fates
 from sidecar.spool.framing import UNRESOLVED, Damaged, Entry, Header
@@ -39,6 +39,7 @@ from sidecar.spool.types import (
     Seen,
     SpoolState,
 )
+from sidecar.spool.work import Append, Key, Read, Stats, Stop, Write
 
 _T = TypeVar("_T")
 

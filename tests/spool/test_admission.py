@@ -6,7 +6,7 @@ from sidecar import settings
 from sidecar.errors import Busy
 from sidecar.settings import MIB
 from sidecar.spool.admission import Admission, DrainRate
-from sidecar.spool.committer import Stats
+from sidecar.spool.work import Stats
 
 OPTIONS = settings.Spool(cap_bytes=100 * MIB, high_watermark=0.9, low_watermark=0.8, ballast_bytes=8 * MIB)
 

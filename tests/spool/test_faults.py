@@ -11,7 +11,7 @@ import pytest
 from sidecar.errors import Busy, SpoolFailed, SpoolLocked, SpoolRefused
 from sidecar.settings import KIB, MIB
 from sidecar.spool import disk
-from sidecar.spool.committer import Write
+from sidecar.spool.work import Write
 from tests.spool.harness import (
     BOTH,
     SQL_ONLY,
