@@ -148,10 +148,10 @@ class DynamoDB(_Section, frozen=True):
 class Phases(_Section, frozen=True):
     """Which phase is wanted, and how it may change."""
 
-    max_lag: Seconds = 60.0  # oldest pending record at most this old before reads move to DynamoDB
-    min_soak: Seconds = 24 * 3600.0  # time in dual_write_read_dynamo before dynamo_only
-    min_quiet: Seconds = 3600.0  # time without old writers on an adopted table before reads move
-    min_shadow_reads: Count = 0  # compared without a mismatch before reads move; 0 = none needed
+    max_lag: Seconds = 60.0  # pending records older than this make shadow reads back off (no gate reads it yet)
+    min_soak: Seconds = 24 * 3600.0  # time in dual_write_read_dynamo before dynamo_only (not enforced yet)
+    min_quiet: Seconds = 3600.0  # time without old writers on an adopted table before reads move (not enforced yet)
+    min_shadow_reads: Count = 0  # compared without a mismatch before reads move (not enforced yet)
 
 
 class Control(_Section, frozen=True):
@@ -186,9 +186,9 @@ class Drain(_Section, frozen=True):
 class Fleet(_Section, frozen=True):
     """How instances move together."""
 
-    enabled: bool = False  # False: the phase is this instance's own (one instance, development)
-    heartbeat: Seconds = 10.0  # how often an instance says that it is there
-    fence_after: Seconds = 120.0  # silent for so long, an instance stops deciding for itself
+    enabled: bool = False  # only false in this version: each instance follows its own file
+    heartbeat: Seconds = 10.0  # how often an instance says that it is there (not used yet)
+    fence_after: Seconds = 120.0  # silent for so long, an instance stops deciding for itself (not used yet)
 
 
 class Reload(_Section, frozen=True):
