@@ -180,7 +180,7 @@ class TcpProxy:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.accepted += 1
-        if self._resetting:
+        if self._resetting or self._server is None:  # accepted, but refused before this task first ran
             reset(writer.transport)
             return
         try:
