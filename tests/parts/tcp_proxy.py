@@ -110,7 +110,7 @@ class TcpProxy:
         self._passing = asyncio.Event()
         self._passing.set()
         self._connections: set[_Connection] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def __aenter__(self) -> Self:
         await self._listen()
@@ -174,15 +174,25 @@ class TcpProxy:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Called by the loop in the tick of the connection: from here on there is always somebody to close it.
+
+        A coroutine in its place may be cancelled before it first runs, and would leave the connection open.
+        """
         self.accepted += 1
-        if self._resetting or self._server is None:  # accepted, but refused before this task first ran
+        if self._resetting or self._server is None:  # accepted, but refused before it came to this
             reset(writer.transport)
             return
+        task = asyncio.ensure_future(self._serve(reader, writer))
+        self._tasks[task] = writer
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task).transport.abort()
+        if not task.cancelled():
+            task.result()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await self._passing.wait()
             up_reader, up_writer = await asyncio.open_connection(*self._upstream)
