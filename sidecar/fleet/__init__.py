@@ -1,12 +1,12 @@
 """A fleet of sidecars that changes phase together. Read ``protocol`` first: the invariants and the rules.
 
-* ``types``       what is stored: record, heartbeat, gap line, audit entry
 * ``protocol``    the rules, pure
 * ``decision``    what a controller does next with what it has read, pure
 * ``census``      who is alive, by the observer's monotonic clock
 * ``member``      one instance: announce, apply, fence
 * ``controller``  tick: look, and do what is due
-* ``store``       the port; ``memory`` is its reference, ``lease`` is for stores without a clock
+* ``memory``      the reference of the port ``sidecar.fleet_tables``, where what is stored is defined, too
+* ``stores``      the port of each real store
 """
 
 from sidecar.fleet.census import Census, Member, Presence
@@ -15,14 +15,16 @@ from sidecar.fleet.decision import Hold
 from sidecar.fleet.member import FleetMember, Identity, Load, Use, Wish
 from sidecar.fleet.memory import MemoryFleetStore
 from sidecar.fleet.protocol import Move
-from sidecar.fleet.store import FleetStore
-from sidecar.fleet.types import AuditEntry, FleetRecord, GapLine, Heartbeat
+from sidecar.fleet.stores import build_fleet_stores
+from sidecar.fleet_tables import AuditEntry, FateLine, FleetRecord, FleetStore, Heartbeat
+from sidecar.gaps import GapLine
 
 __all__ = [
     "AuditEntry",
     "Census",
     "Controller",
     "Evidence",
+    "FateLine",
     "Finding",
     "FleetMember",
     "FleetRecord",
@@ -40,4 +42,5 @@ __all__ = [
     "StepGate",
     "Use",
     "Wish",
+    "build_fleet_stores",
 ]

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Final
 
 from sidecar.fleet.protocol import Claim
-from sidecar.fleet.types import Heartbeat
+from sidecar.fleet_tables import Heartbeat
 from sidecar.phase import STORES, StoreName
 
 MARGIN: Final = 0.25  # of fence_after: covers clocks that differ by a quarter; real ones differ by 0.05 %

@@ -29,8 +29,7 @@ from sidecar.fleet.census import Census, Member
 from sidecar.fleet.decision import Decision, Hold, PhaseAuthority, View
 from sidecar.fleet.member import FleetMember, Wish
 from sidecar.fleet.protocol import Change, Move
-from sidecar.fleet.store import FleetStore
-from sidecar.fleet.types import AuditEntry, FleetRecord, Heartbeat
+from sidecar.fleet_tables import AuditEntry, FleetRecord, FleetStore, Heartbeat
 from sidecar.phase import STORES, Phase, StoreName
 
 LEASE: Final = "phase-controller"

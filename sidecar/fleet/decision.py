@@ -15,7 +15,7 @@ from sidecar.fleet import protocol
 from sidecar.fleet.census import Member
 from sidecar.fleet.member import Wish
 from sidecar.fleet.protocol import Change, Move
-from sidecar.fleet.types import FleetRecord
+from sidecar.fleet_tables import FleetRecord
 from sidecar.phase import STORES, TABLE, Phase, StoreName
 
 PhaseAuthority = Literal["file", "api"]

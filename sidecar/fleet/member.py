@@ -24,8 +24,7 @@ from typing import Final, Self
 from sidecar.clock import Clock
 from sidecar.errors import Busy, SidecarError, SpoolFailed, StoreError
 from sidecar.fleet import protocol
-from sidecar.fleet.store import FleetStore
-from sidecar.fleet.types import NO_EPOCH, FleetRecord, Heartbeat
+from sidecar.fleet_tables import NO_EPOCH, FleetRecord, FleetStore, Heartbeat
 from sidecar.phase import Phase, Policy, StoreName
 
 SOON: Final = 1.0  # seconds until the next round while a change is being applied

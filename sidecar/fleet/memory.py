@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from sidecar.clock import Clock
 from sidecar.fleet.protocol import rank
-from sidecar.fleet.types import AuditEntry, FleetRecord, GapLine, Heartbeat
+from sidecar.fleet_tables import AuditEntry, FateLine, FleetRecord, Heartbeat
+from sidecar.gaps import GapLine
 from sidecar.phase import StoreName
 
 
 class MemoryFleetStore:
-    """Implements :class:`sidecar.fleet.store.FleetStore`; every call is atomic because it never awaits."""
+    """Implements :class:`sidecar.fleet_tables.FleetStore`; every call is atomic because it never awaits."""
 
     def __init__(self, name: StoreName, clock: Clock) -> None:
         self._name: StoreName = name
@@ -19,6 +20,7 @@ class MemoryFleetStore:
         self._leases: dict[str, tuple[str, float]] = {}  # holder, expiry by this store's monotonic clock
         self._audits: dict[tuple[str, str], AuditEntry] = {}
         self._gaps: dict[object, GapLine] = {}
+        self._fates: dict[object, FateLine] = {}
 
     @property
     def name(self) -> StoreName:
@@ -84,3 +86,15 @@ class MemoryFleetStore:
     async def gaps(self) -> Sequence[GapLine]:
         """Return the open ones."""
         return [line for line in self._gaps.values() if line.open]
+
+    async def put_fates(self, lines: Sequence[FateLine]) -> None:
+        """Keep the line with the higher ``revision``."""
+        for line in lines:
+            known = self._fates.get(line.key)
+            if known is None or known.revision < line.revision:
+                self._fates[line.key] = line
+
+    async def fates(self, log_ids: Sequence[str]) -> Sequence[FateLine]:
+        """Return the lines of these ids."""
+        wanted = frozenset(log_ids)
+        return [line for line in self._fates.values() if line.log_id in wanted]

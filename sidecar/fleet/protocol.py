@@ -39,7 +39,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from sidecar.fleet.types import FleetRecord
+from sidecar.fleet_tables import FleetRecord
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, TABLE, Delivery, Phase, Policy, StoreName
 
 AUTHORITY: Mapping[Phase, StoreName] = MappingProxyType(

@@ -30,7 +30,7 @@ from functools import cache
 from typing import NamedTuple
 
 from sidecar.fleet import protocol
-from sidecar.fleet.types import FleetRecord
+from sidecar.fleet_tables import FleetRecord
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, Phase, StoreName
 
 OUT, TOLD, READ, IN = "out", "told", "read", "in"

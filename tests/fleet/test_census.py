@@ -3,8 +3,8 @@
 import pytest
 
 from sidecar.fleet import Census, Heartbeat, Presence
-from sidecar.fleet.lease import Lease, LeaseWatch
 from sidecar.phase import DYNAMODB, POSTGRES
+from sidecar.stores.lease import Lease, LeaseWatch
 
 
 def row(seq: int, **more: object) -> Heartbeat:

@@ -1,4 +1,4 @@
-"""The contract of ``sidecar.fleet.store.FleetStore``: one line in ``STORES`` adds an implementation."""
+"""The contract of ``sidecar.fleet_tables.FleetStore``: one line in ``STORES`` adds an implementation."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from sidecar.fleet import AuditEntry, FleetRecord, FleetStore, GapLine, Heartbeat, MemoryFleetStore
+from sidecar.fleet import AuditEntry, FateLine, FleetRecord, FleetStore, GapLine, Heartbeat, MemoryFleetStore
 from sidecar.phase import DYNAMODB, POSTGRES, Phase
 from tests.fleet.fakes import HandClock
 
@@ -141,3 +141,35 @@ async def test_gap_lines_merge_by_the_larger_count(store: FleetStore) -> None:
     ]
     await store.put_gaps([msgspec.structs.replace(line, opened=8, closed=8), msgspec.structs.replace(other, closed=1)])
     assert list(await store.gaps()) == []
+
+
+ID = "0190a5d0-7c1e-7000-8000-0000000000aa"
+FATE = FateLine(
+    log_id=ID, store=DYNAMODB, state="dead_lettered", retry_class="permanent", by="pod-1", at_us=2**50, revision=3
+)
+
+
+async def test_the_last_word_on_a_record_stays(store: FleetStore) -> None:
+    """A line is replaced by a higher revision alone, whatever the order; stores and instances have lines apart."""
+    later = msgspec.structs.replace(FATE, state="discarded", at_us=1, revision=4)
+    others = [
+        msgspec.structs.replace(FATE, store=POSTGRES, retry_class="conflict"),
+        msgspec.structs.replace(FATE, by="pod 2 #'\"ü", state="redriven"),
+    ]
+    await store.put_fates([])
+    await store.put_fates([FATE, *others])
+    await store.put_fates([FATE, later, msgspec.structs.replace(FATE, state="redriven")])
+    await store.put_fates([FATE])
+    assert sorted(await store.fates([ID]), key=lambda fate: fate.key) == sorted(
+        [later, *others], key=lambda fate: fate.key
+    )
+
+
+async def test_fates_are_told_of_the_records_asked_for_and_no_others(store: FleetStore) -> None:
+    """Ids of which nothing is known are left out; an id that is asked for twice is answered once."""
+    lines = [msgspec.structs.replace(FATE, log_id=f"{ID[:-3]}{n:03d}") for n in range(130)]
+    await store.put_fates(lines)
+    assert list(await store.fates([])) == []
+    asked = [line.log_id for line in lines[:120]]
+    found = await store.fates([*asked, asked[0], "ffffffff-0000-4000-8000-000000000000"])
+    assert sorted(line.log_id for line in found) == asked
