@@ -4,9 +4,9 @@ A store holds a subset of the grow-only set of records. It never updates or dele
 not connect: a sidecar must accept records while a database is down.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -94,6 +94,10 @@ class CountQuery:
     service_name: str | None = None
     is_success: bool | None = None
 
+
+HOUR_US: Final = 3_600_000_000
+HourFilter = Callable[[int], bool]
+"""Which UTC hours (of log_timestamp, counted since the epoch) are wanted: a shard's, or those with a gap."""
 
 CountGroup = Literal["date", "service"]
 """By what numbers are broken down: UTC day of log_timestamp (``YYYY-MM-DD``), or service_name."""
@@ -209,6 +213,17 @@ class Store(Protocol):
 
     def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
         """All records with start <= log_timestamp < end (microseconds), ascending by (time, id); bounded memory."""
+        ...
+
+    def stream(
+        self, start: int, end: int, *, after: Position | None = None, hours: HourFilter | None = None
+    ) -> AsyncIterator[Sequence[LogRecord]]:
+        """Whole records with start <= log_timestamp < end (microseconds), ascending by (time, id), in bounded memory.
+
+        Only those strictly after ``after`` (where an earlier stream was left) and of the ``hours`` that are wanted; the
+        bodies of other hours are not read. No page is empty. What is written behind the stream's position meanwhile may
+        be missed.
+        """
         ...
 
     async def ping(self) -> None:

@@ -34,6 +34,7 @@ from sidecar.stores.base import (
     CountQuery,
     Estimate,
     Failure,
+    HourFilter,
     Position,
     Query,
     ScanEntry,
@@ -208,6 +209,12 @@ class DynamoDBStore:
     def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
         """From a scan of the whole service index, sorted outside memory."""
         return self._enumeration.scan(start, end)
+
+    def stream(
+        self, start: int, end: int, *, after: Position | None = None, hours: HourFilter | None = None
+    ) -> AsyncIterator[Sequence[LogRecord]]:
+        """One scan of the whole service index, sorted outside memory; then only the bodies that are wanted."""
+        return self._enumeration.stream(start, end, after, hours)
 
     async def ping(self) -> None:
         """A conditional put that can never apply: proves table, permission, key and quota; stores nothing."""

@@ -92,7 +92,7 @@ class Queries:
 
     async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
         """Up to ``limit`` records strictly after ``before``, newest first."""
-        return await self._bodies(await self._hits(query, before, limit, None))
+        return await self.bodies(await self._hits(query, before, limit, None))
 
     async def summaries(self, query: Query, *, before: Position | None, limit: int) -> Sequence[Summary]:
         """The same from the index alone."""
@@ -104,7 +104,7 @@ class Queries:
         stretch = span(self._pages.visible_from(), before - 1)
         if stretch is None:
             return ()
-        return await self._bodies(await self._pages.some(stretch, min(limit, MAX_KEYS)))
+        return await self.bodies(await self._pages.some(stretch, min(limit, MAX_KEYS)))
 
     async def _hits(
         self, query: Query, before: Position | None, limit: int, summaries: dict[str, Summary] | None
@@ -168,7 +168,8 @@ class Queries:
                 break
         return found
 
-    async def _bodies(self, keys: Sequence[str]) -> list[LogRecord]:
+    async def bodies(self, keys: Sequence[str]) -> list[LogRecord]:
+        """The records of sort keys, in their order; see the module for a body that is not there."""
         ids = list(dict.fromkeys(split_sort_key(key)[1] for key in keys))
         found: dict[str, LogRecord] = {}
         chunks = [ids[i : i + MAX_KEYS] for i in range(0, len(ids), MAX_KEYS)]

@@ -11,6 +11,7 @@ from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import POSTGRES, StoreName
 from sidecar.record import LogRecord, digest, timestamp_text
 from sidecar.stores.base import (
+    HOUR_US,
     ByApplication,
     ByCorrelation,
     ByService,
@@ -21,6 +22,7 @@ from sidecar.stores.base import (
     ErrorsOn,
     Estimate,
     Failure,
+    HourFilter,
     Position,
     Query,
     ScanEntry,
@@ -31,6 +33,7 @@ from sidecar.stores.base import (
 )
 
 _DAY_US = 86_400_000_000
+_PAGE = 100  # records of a page of a stream
 _LIMITS = WriteLimits(max_records=1_000, max_bytes=4 * 1024 * 1024, max_in_flight=2)
 
 
@@ -127,6 +130,21 @@ class MemoryStore:
         window = [r for r in self._records.values() if start <= r.log_timestamp < end]
         for record in sorted(window, key=_position):
             yield ScanEntry(record.log_timestamp, record.log_id, digest(record))
+
+    async def stream(
+        self, start: int, end: int, *, after: Position | None = None, hours: HourFilter | None = None
+    ) -> AsyncIterator[Sequence[LogRecord]]:
+        """Sort what is there at the first step; later writes are not seen."""
+        window = [
+            r
+            for r in self._records.values()
+            if start <= r.log_timestamp < end
+            and (after is None or _position(r) > after)
+            and (hours is None or hours(r.log_timestamp // HOUR_US))
+        ]
+        window.sort(key=_position)
+        for at in range(0, len(window), _PAGE):
+            yield window[at : at + _PAGE]
 
     async def ping(self) -> None:
         """Memory is always there."""

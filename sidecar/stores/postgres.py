@@ -30,6 +30,7 @@ from sidecar.record import FIELDS, LogRecord, digest, timestamp_text
 from sidecar.settings import Postgres
 from sidecar.stores import postgres_schema
 from sidecar.stores.base import (
+    HOUR_US,
     ByApplication,
     ByCorrelation,
     ByService,
@@ -40,6 +41,7 @@ from sidecar.stores.base import (
     ErrorsOn,
     Estimate,
     Failure,
+    HourFilter,
     Position,
     Query,
     ScanEntry,
@@ -54,6 +56,7 @@ from sidecar.stores.postgres_gaps import PostgresGaps
 _DAY_US: Final = 86_400_000_000
 _NEWEST: Final = Position((3_000_000 * _DAY_US), "00000000-0000-0000-0000-000000000000")
 """After every record that can be: the year 10183."""
+_LAST_ID: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 _SCAN_ROWS: Final = 1_000  # of one page of a scan
 _SCAN_BYTES: Final = 4 * 1024 * 1024  # of its payloads, one record at least
 _ARRAYS: Final = {
@@ -227,14 +230,30 @@ class PostgresStore:
         return _records(await self._fetch(self._sql.sample, before - PG_EPOCH_US, limit))
 
     async def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
-        """Pages by (time, id), each at most 1,000 records and about 4 MiB of payloads."""
+        """The stream, digested: pages by (time, id), each at most 1,000 records and about 4 MiB of payloads."""
+        async for page in self.stream(start, end):
+            for record in page:
+                yield ScanEntry(record.log_timestamp, record.log_id, digest(record))
+
+    async def stream(
+        self, start: int, end: int, *, after: Position | None = None, hours: HourFilter | None = None
+    ) -> AsyncIterator[Sequence[LogRecord]]:
+        """Pages of at most 1,000 records and about 4 MiB of payloads; hours that are not wanted are jumped over."""
         # Pages of their own statements: no transaction stays open while the caller takes its time, so nothing holds
         # back the server's vacuum, and a pooler may give each page another server connection.
-        time, log_id = start - 1, "ffffffff-ffff-ffff-ffff-ffffffffffff"  # (time, id) is the last one seen
-        while rows := await self._fetch(self._sql.scan, time - PG_EPOCH_US, end - PG_EPOCH_US, log_id):
-            for record in _records(rows):
-                time, log_id = record.log_timestamp, record.log_id
-                yield ScanEntry(time, log_id, digest(record))
+        position = Position(start - 1, _LAST_ID)
+        if after is not None:
+            position = max(position, after)
+        while rows := await self._fetch(
+            self._sql.scan, position.log_timestamp - PG_EPOCH_US, end - PG_EPOCH_US, position.log_id
+        ):
+            page = _records(rows)
+            position = Position(page[-1].log_timestamp, page[-1].log_id)
+            if hours is not None:
+                position = _skipped(position, end, hours)
+                page = [record for record in page if hours(record.log_timestamp // HOUR_US)]
+            if page:
+                yield page
 
     async def ping(self) -> None:
         """Insert nothing: rights, columns, and a server that takes writes are all asked for."""
@@ -343,6 +362,17 @@ def _records(rows: Iterable[Any]) -> list[LogRecord]:
         LogRecord(str(a), b, c, d, e, f, g, h, i, j, us + PG_EPOCH_US, k, m)
         for a, b, c, d, e, f, g, h, i, j, us, k, m in rows
     ]
+
+
+def _skipped(position: Position, end: int, hours: HourFilter) -> Position:
+    """Where to read on: behind ``position``, or before the next wanted hour where its own is not wanted."""
+    hour = position.log_timestamp // HOUR_US
+    if hours(hour):
+        return position
+    last = (end - 1) // HOUR_US
+    while hour <= last and not hours(hour):
+        hour += 1
+    return Position(hour * HOUR_US - 1, _LAST_ID)
 
 
 def _arguments(query: Query) -> tuple[object, ...]:

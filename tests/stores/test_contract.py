@@ -21,6 +21,7 @@ from sidecar.stores.base import (
     ByService,
     CountQuery,
     ErrorsOn,
+    HourFilter,
     Position,
     Query,
     ScanEntry,
@@ -72,6 +73,17 @@ async def awaited(ask: Callable[[], Awaitable[T]], expected: T) -> None:
 async def entries(store: Store, start: int, end: int) -> list[ScanEntry]:
     """A whole scan."""
     return [entry async for entry in store.scan(start, end)]
+
+
+async def streamed(
+    store: Store, start: int, end: int, *, after: Position | None = None, hours: HourFilter | None = None
+) -> list[LogRecord]:
+    """A whole stream."""
+    found: list[LogRecord] = []
+    async for page in store.stream(start, end, after=after, hours=hours):
+        assert page
+        found += page
+    return found
 
 
 async def pages(store: Store, query: Query, limit: int) -> list[LogRecord]:
@@ -250,6 +262,28 @@ class TestReading:
         await write(store, [record(1)])
         assert await entries(store, BASE - HOUR, BASE) == []
 
+    async def test_a_stream_gives_whole_records_ascending_from_where_it_was_left(self, store: Store) -> None:
+        """By (time, id), start inclusive, end exclusive; from any position on, exactly the rest; no empty page."""
+        batch = [record(i, log_timestamp=BASE + i // 40, user_id=f"u{i}") for i in range(250)]
+        await write(store, batch[::-1])
+        await awaited(lambda: streamed(store, BASE + 1, BASE + 6), batch[40:240])
+        for at in (39, 40, 41, 100, 239):
+            left = batch[max(at + 1, 40) : 240]
+            assert await streamed(store, BASE + 1, BASE + 6, after=_position(batch[at])) == left
+        assert await streamed(store, BASE + 7, BASE + 8) == []
+
+    async def test_a_stream_of_some_hours_gives_those_hours(self, store: Store) -> None:
+        """Wanted hours with many and with no records, at both ends of a range that cuts hours."""
+        batch = [record(i, log_timestamp=BASE + i * (HOUR // 4)) for i in range(60)]
+        await write(store, batch)
+        first = BASE // HOUR
+        wanted = {first, first + 3, first + 4, first + 9, first + 40}
+        start, end = BASE + 1, BASE + 10 * HOUR - HOUR // 4
+        expected = [r for r in batch[1:39] if r.log_timestamp // HOUR in wanted]
+        await awaited(lambda: streamed(store, start, end, hours=wanted.__contains__), expected)
+        after = _position(expected[4])
+        assert await streamed(store, start, end, after=after, hours=wanted.__contains__) == expected[5:]
+
     @settings(drawn, max_examples=8)
     @given(drawn_batch=st.lists(log_records(times=st.integers(BASE, BASE + 6)), min_size=1, max_size=12))
     async def test_every_store_gives_the_answer_of_the_reference(
@@ -300,6 +334,10 @@ class TestLife:
         await write(store, records(3))
         await store.close()
         await store.close()
+
+
+def _position(of: LogRecord) -> Position:
+    return Position(of.log_timestamp, of.log_id)
 
 
 def _scan_of(batch: Sequence[LogRecord]) -> list[ScanEntry]:
