@@ -1,0 +1,109 @@
+"""F3, F4: the power goes: unsynced pages are lost, the journal is replayed; ext4's shutdown ioctl on a loop device."""
+
+import asyncio
+import shutil
+
+import pytest
+
+from tests.faults.client import Client
+from tests.faults.process import ended, launch, start
+from tests.faults.verdict import guilty, judge, require
+from tests.parts.sidecar import eventually
+
+pytestmark = pytest.mark.root
+
+
+def spool_on(disk, **changes):
+    """Settings of a spool on the disk."""
+    return {"directory": str(disk.point / "spool"), "allow_volatile": False, "ballast_bytes": 0, **changes}
+
+
+async def cut_rounds(row, stand, disk, rounds: int, without: str = "") -> None:
+    """Cut while ingesting and draining, power on, start on what is left; at the end everything is judged."""
+    sidecar = stand.sidecar(spool=spool_on(disk, checkpoint_bytes=262_144), phase="dual_write_read_dynamo")
+    async with Client(row, sidecar.url) as client:
+        for n in range(rounds):
+            client.history.counting = True
+            await start(sidecar, without=without)
+            await client.acked(20)
+            await asyncio.sleep(row.rng.uniform(0, 0.2))
+            row.note("power cut", n=n)
+            client.history.counting = False  # no await from here to the cut: what was not read yet was not promised
+            disk.cut()
+            if n % 3 == 0 and not without:
+                require("serves on", await ended(sidecar, 10) != 4, "a disk that fails must stop the sidecar, exit 4")
+            else:
+                sidecar.kill()
+            await disk.power_on()
+        await client.stop()
+        await start(sidecar)
+        await sidecar.drained(60)
+        await judge(client.history, stand, sidecar)
+
+
+async def test_f3_a_power_cut_loses_nothing_that_was_acknowledged(begin, stand, disk):
+    """F3: what the client had read before the cut is in both stores, once; others in both or none."""
+    row = begin("F3")
+    await cut_rounds(row, stand, disk, row.rounds)
+
+
+async def test_f3_control_without_fsync_records_are_lost(begin, stand, disk):
+    """The control: synchronous=OFF, and the same test finds losses."""
+    row = begin("F3")
+    with guilty("lost"):
+        await cut_rounds(row, stand, disk, 4, "synchronous_off")
+
+
+async def at_moment(row, stand, disk, moment: str, without: str = "") -> None:
+    """One power cut at a moment of the spool's life; acknowledged before and after it, everything is judged."""
+    sidecar = stand.sidecar(spool=spool_on(disk, checkpoint_bytes=262_144), phase="dual_write_read_dynamo")
+    async with Client(row, sidecar.url) as client:
+        client.history.counting = True
+        if moment == "first start":
+            launch(sidecar, without=without)
+            await eventually(lambda: (disk.point / "spool" / "lock").exists(), seconds=30, every=0.001)
+            await asyncio.sleep(row.rng.uniform(0, 0.05))
+        else:
+            await start(sidecar, without=without)
+            await client.acked(50)
+        if moment == "checkpoint":
+            log = disk.point / "spool" / "spool.db"
+            size = log.stat().st_size
+            await eventually(lambda: log.stat().st_size > size, seconds=30, every=0.001)
+        elif moment == "shutdown":
+            sidecar.terminate()
+            await eventually(lambda: '"stopping"' in sidecar.tail(), every=0.001)
+            await asyncio.sleep(row.rng.uniform(0, 1.2))
+        elif moment == "rebuild":
+            sidecar.kill()
+            (disk.point / "spool" / "repair").touch()
+            launch(sidecar, without=without)
+            await eventually((disk.point / "spool" / "spool.db.rebuilt").exists, seconds=30, every=0.001)
+            await asyncio.sleep(row.rng.uniform(0, 0.02))
+        row.note("power cut", moment=moment)
+        client.history.counting = False
+        disk.cut()
+        sidecar.kill()
+        await disk.power_on()
+        client.history.counting = True
+        await start(sidecar)
+        await client.acked(10)
+        await client.stop()
+        await sidecar.drained(60)
+        await judge(client.history, stand, sidecar)
+
+
+@pytest.mark.parametrize("moment", ["first start", "checkpoint", "rebuild", "shutdown"])
+async def test_f4_a_power_cut_at_a_chosen_moment_loses_nothing(begin, stand, disk, moment):
+    """F4: while the files are made, while the log is copied into the file, while it is rebuilt, while it stops."""
+    row = begin("F4")
+    for _ in range(max(1, row.rounds // 4)):
+        await at_moment(row, stand, disk, moment)
+        shutil.rmtree(disk.point / "spool")
+
+
+async def test_f4_control_a_power_cut_at_a_checkpoint_without_fsync_is_found_guilty(begin, stand, disk):
+    """The control: the log is copied without a flush between, the file is found short of what was acknowledged."""
+    row = begin("F4")
+    with guilty("lost"):
+        await at_moment(row, stand, disk, "checkpoint", "synchronous_off")
