@@ -28,6 +28,7 @@ small whatever log_timestamps clients send.
 
 import asyncio
 import logging
+import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,8 @@ _PATIENCE: Final = 5.0  # seconds that a request waits for one release
 _PAUSE: Final = 1.0  # seconds after the ledger could not be written
 _CAMPAIGN_HOURS: Final = 2_000
 _REFRESH: Final = 300.0  # seconds between two looks at the ledgers; each opens a connection that soon closes again
+_FRESH: Final = 1.0  # seconds after a look in which a gap that is not known is taken not to be there
+_HOUR_US: Final = 3_600_000_000
 
 
 class SpoolPort(Protocol):
@@ -144,6 +147,7 @@ class Overflow:
         self._paused_until = 0.0
         self._trouble = ""
         self._known: dict[StoreName, Sequence[GapLine]] = {}
+        self._looked_at = -math.inf
 
     # --- releasing -------------------------------------------------------------------------------------------------
 
@@ -277,14 +281,36 @@ class Overflow:
             found[line.store, line.kind] += line.open
         return dict(found)
 
+    async def lacks(self, store: StoreName, first_us: int, last_us: int) -> bool:
+        """Whether an open gap of ``store`` has an hour between these times of log_timestamp, both inclusive.
+
+        Where none is known and the last look is old the ledgers are read again: another sidecar may have released.
+        """
+        if self._covered(store, first_us, last_us):
+            return True
+        if self._clock.monotonic() - self._looked_at < _FRESH:
+            return False
+        await self._look()
+        return self._covered(store, first_us, last_us)
+
+    def _covered(self, store: StoreName, first_us: int, last_us: int) -> bool:
+        first, last = first_us // _HOUR_US, last_us // _HOUR_US
+        lines = (line for lines in self._known.values() for line in lines if line.store == store)
+        return any(line.open and first <= line.hour <= last for line in lines)
+
+    async def _look(self) -> None:
+        """Read the ledgers of the phase's stores; what cannot be read keeps its last figures."""
+        self._looked_at = self._clock.monotonic()
+        for store in sorted(self._policy().owed):
+            try:
+                self._known[store] = await self._ledgers[store].gaps()
+            except StoreError as error:
+                log.info("gap ledger not read", extra={"store": store, "reason": error.reason})
+
     async def watch(self) -> None:
-        """Read the ledgers of the phase's stores from time to time; what cannot be read keeps its last figures."""
+        """Read the ledgers from time to time."""
         while True:
-            for store in sorted(self._policy().owed):
-                try:
-                    self._known[store] = await self._ledgers[store].gaps()
-                except StoreError as error:
-                    log.info("gap ledger not read", extra={"store": store, "reason": error.reason})
+            await self._look()
             await self._clock.sleep(_REFRESH)
 
 

@@ -328,3 +328,20 @@ async def test_a_store_that_comes_back_during_a_release_is_not_handed_what_is_be
         assert spool.counters("dynamodb").delivered == 64
     finally:
         await spool.close()
+
+
+async def test_an_open_gap_is_known_by_store_and_hour_and_the_ledgers_are_read_again_for_it(tmp_path):
+    """Another sidecar's line is found though it was written after the last look; neither hour nor store is confused."""
+    spool, ledger = opened(tmp_path), Ledger()
+    hour = 3_600_000_000
+    try:
+        async with watching(spool, ledger) as overflow:
+            line = GapLine(store=DYNAMODB, kind="released", hour=7, source="pod-2", opened=2)
+            await ledger.put_gaps([line])
+            assert await overflow.lacks(DYNAMODB, 8 * hour - 1, 8 * hour - 1)
+            assert await overflow.lacks(DYNAMODB, 0, 100 * hour)
+            assert not await overflow.lacks(DYNAMODB, 8 * hour, 9 * hour)
+            assert not await overflow.lacks(DYNAMODB, 0, 7 * hour - 1)
+            assert not await overflow.lacks(POSTGRES, 7 * hour, 7 * hour)
+    finally:
+        await spool.close()

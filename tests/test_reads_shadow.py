@@ -185,6 +185,25 @@ async def test_a_record_that_may_be_on_its_way_is_in_flight_and_not_missing(why)
         assert stand.shadow.status()["last_mismatches"][0].missing == (log_id(2),)
 
 
+@pytest.mark.parametrize("pattern", ASKS)
+@pytest.mark.parametrize("lacking", ["dynamodb", "postgres"])
+async def test_a_record_in_an_open_gap_of_the_store_that_lacks_it_is_no_mismatch(pattern, lacking):
+    """The ledger's hour explains it, in both directions; a gap of the other store, or of another hour, does not."""
+    hour = BASE // 3_600_000_000
+    for gap, result in (
+        ((lacking, hour), "expected_gap"),
+        ((lacking, hour + 30), "missing" if lacking == "dynamodb" else "extra"),
+        (("postgres" if lacking == "dynamodb" else "dynamodb", hour), "missing" if lacking == "dynamodb" else "extra"),
+    ):
+        async with running(ReadsStand()) as stand:
+            stand.gaps.add(gap)
+            await stand.write(batch(), "postgres" if lacking == "dynamodb" else "dynamodb")
+            await stand.write([r for r in batch() if r.log_id != log_id(3)], lacking)
+            await ASKS[pattern](stand.reads)
+            assert await compared(stand) == {(pattern, result): 1}
+            assert bool(stand.shadow.status()["last_mismatches"]) == (result != "expected_gap")
+
+
 @pytest.mark.parametrize("phase", [Phase.SQL_ONLY, Phase.DYNAMO_ONLY])
 async def test_no_other_store_is_read_where_the_phase_has_none(phase):
     """Phases 0 and 3 repeat nothing."""

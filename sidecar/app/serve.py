@@ -232,6 +232,7 @@ class _Sidecar:
             lambda: self._switch.policy,
             trouble=ShadowTrouble(lambda: self._settings, self._spool, self._shippers, self._clock),
             owed=PendingIn(self._spool),
+            gap=self._overflow.lacks,
             clock=self._clock,
             metrics=self._metrics,
             rng=random.Random(),  # noqa: S311  (sampling, not secrets)

@@ -2,16 +2,18 @@
 
 CLASSES (label ``result`` of ``shadow_reads_total``), the first that applies:
 
-=============  ================================================================================================
-``error``      the other store failed
-``field``      a record is in both and its content differs
-``missing``    a record of the served answer is not in the other store (a count: the other has fewer)
-``extra``      the other store has a record that the served answer lacks (a count: the other has more)
-``order``      the same records, in another order
-``in_flight``  they differed, but in records that may still be on their way; or a moment later not any more
-``slow``       the same answer, but much later than the served one, or not in time
-``match``      the same answer
-=============  ================================================================================================
+================  ================================================================================================
+``error``         the other store failed
+``field``         a record is in both and its content differs
+``missing``       a record of the served answer is not in the other store (a count: the other has fewer)
+``extra``         the other store has a record that the served answer lacks (a count: the other has more)
+``order``         the same records, in another order
+``in_flight``     they differed, but in records that may still be on their way; or a moment later not any more
+``expected_gap``  records that the gap ledger says the other store (or, extra, the serving one) was never given
+``slow``          the same answer, but much later than the served one, or not in time
+``match``         the same answer
+================  ================================================================================================
+
 
 HORIZON. A page that ended at its limit says nothing of what comes after its last record. So two pages are compared from
 the newest record down to the higher of the two ends: one record missing at the top is one difference, and not also an
@@ -43,6 +45,7 @@ class Outcome(StrEnum):
     ERROR = "error"
     SLOW = "slow"
     IN_FLIGHT = "in_flight"
+    EXPECTED_GAP = "expected_gap"
 
 
 MISMATCHES: Final = frozenset({Outcome.FIELD, Outcome.MISSING, Outcome.EXTRA, Outcome.ORDER})

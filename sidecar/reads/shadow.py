@@ -10,7 +10,8 @@ is throttled, down or blocked. An error, a throttle or a slow answer halves the 
 
 PROOF OF A MISMATCH. A difference is looked at again after ``RECHECK`` seconds, on both stores; gone, it was
 ``in_flight``. What remains is split by record: one that this sidecar still owes, or one younger than
-``phases.max_lag``, may still be on its way; any other is a mismatch. Ids and field names of the last mismatches are
+``phases.max_lag``, may still be on its way; one in an open gap of the store that lacks it is known to be missing there
+(``expected_gap``); any other is a mismatch. Ids and field names of the last mismatches are
 kept for ``/status``; values never are.
 
 THE PROBE. An application that only writes gives nothing to repeat. So where no comparison was made for
@@ -82,7 +83,8 @@ class Shadow:
         stores: by name.
         settings: asked for each time.
         trouble: why a store should not be read from for comparison now, in one word of a fixed few, or None.
-        owed: whether (log_id, log_timestamp) is known to be on its way to a store: pending here, or in an open gap.
+        owed: whether (log_id, log_timestamp) is known to be on its way to a store: pending here.
+        gap: whether a store has an open gap between two times of log_timestamp, both inclusive, microseconds.
         clock: time. metrics: where the classes are counted. rng: the sampling.
     """
 
@@ -94,6 +96,7 @@ class Shadow:
         *,
         trouble: Callable[[StoreName], str | None],
         owed: Callable[[str, int, StoreName], Awaitable[bool]],
+        gap: Callable[[StoreName, int, int], Awaitable[bool]],
         clock: Clock,
         metrics: Metrics,
         rng: random.Random,
@@ -103,6 +106,7 @@ class Shadow:
         self._policy = policy
         self._trouble = trouble
         self._owed = owed
+        self._gap = gap
         self._clock = clock
         self._metrics = metrics
         self._rng = rng
@@ -212,17 +216,21 @@ class Shadow:
         if again.changed or (again.disordered and not again.missing and not again.extra):
             return again.outcome, again
         if served.question.pattern == "count":
-            late = await self._late_count(name, served, again)
-            return (Outcome.IN_FLIGHT if late else again.outcome), again
+            return await self._explained_count(name, served, again), again
         missing = {i: t for i, t in again.missing.items() if not await self._on_its_way(i, t, name)}
         extra = {i: t for i, t in again.extra.items() if not await self._on_its_way(i, t, served.served_by)}
+        explained = Outcome.IN_FLIGHT
+        if missing or extra:
+            explained = Outcome.EXPECTED_GAP
+            missing = {i: t for i, t in missing.items() if not await self._gap(name, t, t)}
+            extra = {i: t for i, t in extra.items() if not await self._gap(served.served_by, t, t)}
         changed = await self._moved(missing | extra, served.served_by, name)
         rest = Differences(
             {i: t for i, t in missing.items() if i not in changed},
             {i: t for i, t in extra.items() if i not in changed},
             changed,
         )
-        return (rest.outcome, rest) if rest else (Outcome.IN_FLIGHT, again)
+        return (rest.outcome, rest) if rest else (explained, again)
 
     async def _moved(
         self, suspects: Mapping[str, int], served_by: StoreName, name: StoreName
@@ -240,14 +248,16 @@ class Shadow:
         young = self._clock.now_us() - born < self._settings().phases.max_lag * 1e6
         return young or await self._owed(log_id, log_timestamp, lacking)
 
-    async def _late_count(self, name: StoreName, served: Served, seen: Differences) -> bool:
-        """Whether records that may be on their way explain a count: the range reaches into the last moments."""
-        if seen.missing and seen.extra:
-            return False
-        question = served.question
-        end = getattr(getattr(question, "query", None), "end", 0)
+    async def _explained_count(self, name: StoreName, served: Served, seen: Differences) -> Outcome:
+        """What explains a count: records on their way where the range reaches into the last moments, or an open gap."""
+        if (seen.missing and seen.extra) or not isinstance(served.question, CountOf):
+            return seen.outcome
+        asked = served.question.query
         lag = self._settings().phases.max_lag * 1e6
-        return bool(self._clock.now_us() - end < lag) or self._trouble(name) is not None
+        if self._clock.now_us() - asked.end < lag or self._trouble(name) is not None:
+            return Outcome.IN_FLIGHT
+        lacking = name if seen.missing else served.served_by
+        return Outcome.EXPECTED_GAP if await self._gap(lacking, asked.start, asked.end) else seen.outcome
 
     # -- the probe -------------------------------------------------------------------------------------------------
 

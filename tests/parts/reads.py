@@ -19,6 +19,8 @@ from sidecar.settings import Reads as ReadSettings
 from sidecar.stores.base import Store
 from sidecar.stores.memory import MemoryStore
 
+HOUR_US = 3_600_000_000
+
 
 class Breakable:
     """A store in front of another: raises what the test plants, waits, or answers through ``twist``."""
@@ -75,6 +77,7 @@ class ReadsStand:
     phase: Phase = Phase.DUAL_WRITE
     settings: Settings = field(default_factory=Settings)
     owed: set[tuple[str, str]] = field(default_factory=set)  # (log_id, store)
+    gaps: set[tuple[str, int]] = field(default_factory=set)  # (store, hour) with an open gap
     pending: dict[str, int] = field(default_factory=dict)
     trouble: dict[str, str] = field(default_factory=dict)
     clock: PausableClock = field(default_factory=PausableClock)
@@ -85,12 +88,16 @@ class ReadsStand:
         async def owed(log_id: str, _us: int, store: StoreName) -> bool:
             return (log_id, store) in self.owed
 
+        async def gap(store: StoreName, first: int, last: int) -> bool:
+            return any(s == store and first // HOUR_US <= hour <= last // HOUR_US for s, hour in self.gaps)
+
         self.shadow = Shadow(
             self.stores,
             lambda: self.settings,
             lambda: TABLE[self.phase],
             trouble=self.trouble.get,
             owed=owed,
+            gap=gap,
             clock=self.clock,
             metrics=self.metrics,
             rng=random.Random(1),

@@ -154,6 +154,7 @@ async def test_each_mismatch_made_behind_the_sidecar_is_counted_in_its_class(sta
     batch = [old(application_id=n, service_name=f"s-{n}", user_id="u") for n in range(6)]
     ids = (await post(http, sidecar, batch))["log_ids"]
     young = (await post(http, sidecar, {"service_name": "young", "application_id": 6}))["log_id"]
+    gap = (await post(http, sidecar, old(application_id=8, log_timestamp="2026-01-14T12:30:00Z")))["log_id"]
     await sidecar.drained()
 
     connection = await sql(stand)
@@ -161,10 +162,14 @@ async def test_each_mismatch_made_behind_the_sidecar_is_counted_in_its_class(sta
         aws_access_key_id="test", aws_secret_access_key="test", region_name=stand.dynamodb.region
     )
     async with session.client("dynamodb", endpoint_url=stand.dynamodb.endpoint_url) as client:
-        for gone in (ids[1], young):
+        for gone in (ids[1], young, gap):
             await client.delete_item(TableName=stand.dynamodb.table, Key={"log_id": {"S": gone}})
     await connection.execute("DELETE FROM integration_logs WHERE log_id = $1", uuid.UUID(ids[2]))
     await connection.execute("UPDATE integration_logs SET user_id = 'CANARY-7' WHERE log_id = $1", uuid.UUID(ids[3]))
+    await connection.execute(  # another sidecar has released records of that hour, after this one read the ledger
+        "INSERT INTO integration_logs_gaps VALUES ('dynamodb', 'released', "
+        "extract(epoch FROM timestamptz '2026-01-14 12:00Z')::bigint / 3600, 'pod-2', 1, 0)"
+    )
     await connection.close()
 
     async def counted():
@@ -175,7 +180,7 @@ async def test_each_mismatch_made_behind_the_sidecar_is_counted_in_its_class(sta
     async def is_counted(result):
         return (await counted()).get(result) == 1
 
-    expected = {"match": 0, "missing": 1, "extra": 2, "field": 3, "in_flight": 6, "slow": 4}
+    expected = {"match": 0, "missing": 1, "extra": 2, "field": 3, "in_flight": 6, "expected_gap": 8, "slow": 4}
     for result, application in expected.items():
         if result == "slow":
             stand.dynamo.on("Query", Delay(1.0))
@@ -183,7 +188,7 @@ async def test_each_mismatch_made_behind_the_sidecar_is_counted_in_its_class(sta
         assert status == 200
         await eventually(lambda result=result: is_counted(result), what=(result, sidecar.tail()))
     stand.dynamo.clear()
-    assert await counted() == dict.fromkeys(("match", "missing", "extra", "field", "in_flight", "slow"), 1.0)
+    assert await counted() == dict.fromkeys(expected, 1.0)
 
     stand.dynamo.on("Query", Refuse(400, "ThrottlingException"))
 
