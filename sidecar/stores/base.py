@@ -45,6 +45,20 @@ class WriteResult:
     consumed: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class FillResult:
+    """What became of each record of a ``fill``.
+
+    ``stored[i]`` is True where this call stored record i. False: its id was there, or ``failures`` names it. After a
+    THROTTLE the rest of the batch is in ``failures`` or stored, never unknown. ``consumed`` as in ``WriteResult``; a
+    put that found its id there counts with one unit per KB of the table, because the service does not tell.
+    """
+
+    stored: Sequence[bool]
+    failures: Sequence[Failure] = ()
+    consumed: tuple[tuple[str, float], ...] = ()
+
+
 class Position(NamedTuple):
     """A place in the order of every answer: newest first, equal times by id, both descending."""
 
@@ -178,6 +192,18 @@ class Store(Protocol):
 
         Never overwrites, whatever else is written meanwhile.
         """
+        ...
+
+    async def fill(self, batch: Sequence[LogRecord]) -> FillResult:
+        """As ``put_if_absent``, with an answer for each record and what it cost; for copying many.
+
+        Raises StoreError as ``write`` does: PERMANENT or UNKNOWN mean that some record of the batch, unknown which,
+        was refused and none is stored (bisect); the other classes that the call is to be repeated.
+        """
+        ...
+
+    async def rehearse(self, batch: Sequence[LogRecord]) -> Sequence[Failure]:
+        """Which records ``fill`` would refuse as data, and why; stores nothing. Ids that are there are not refused."""
         ...
 
     async def get(self, log_id: str) -> LogRecord | None:

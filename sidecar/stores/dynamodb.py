@@ -14,6 +14,7 @@ What DynamoDB gives and what it does not:
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from itertools import compress
 from typing import Final
@@ -26,6 +27,7 @@ from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import DYNAMODB, StoreName
 from sidecar.record import LogRecord
 from sidecar.stores import dynamodb_errors as errors
+from sidecar.stores import dynamodb_limits as limits
 from sidecar.stores import dynamodb_schema as schema
 from sidecar.stores.base import (
     Check,
@@ -34,6 +36,7 @@ from sidecar.stores.base import (
     CountQuery,
     Estimate,
     Failure,
+    FillResult,
     HourFilter,
     Position,
     Query,
@@ -91,11 +94,18 @@ class _BatchAnswer(msgspec.Struct):
     consumed: list[_Capacity] = msgspec.field(name="ConsumedCapacity", default_factory=list)
 
 
+class _PutAnswer(msgspec.Struct):
+    consumed: _Capacity | None = msgspec.field(name="ConsumedCapacity", default=None)
+
+
 class _GetAnswer(msgspec.Struct):
     item: Item | None = msgspec.field(name="Item", default=None)
 
 
 _batch_answer = msgspec.json.Decoder(_BatchAnswer)
+_NOT_TOLD: Final = _Capacity()
+_OF_ONE_RECORD: Final = frozenset({RetryClass.THROTTLE, RetryClass.PERMANENT, RetryClass.UNKNOWN})
+_put_answer = msgspec.json.Decoder(_PutAnswer)
 _get_answer = msgspec.json.Decoder(_GetAnswer)
 
 
@@ -167,7 +177,31 @@ class DynamoDBStore:
         for item in items:
             if not fits(item):
                 raise errors.error(RetryClass.PERMANENT, _TOO_LARGE, "ItemTooLarge")
-        return await all_or_first_error([self._put_if_absent(item) for item in items])
+        return [capacity is not None for capacity in await all_or_first_error([self._put(item) for item in items])]
+
+    async def fill(self, batch: Sequence[LogRecord]) -> FillResult:
+        """Conditional puts, up to ``max_in_flight`` at once; what is throttled or refused as data is a failure."""
+        items = await self._encode(batch)
+        done = await all_or_first_error([self._fill(index, item) for index, item in enumerate(items)])
+        failures = [each for each in done if isinstance(each, Failure)]
+        consumed = Counter[str]()
+        for item, each in zip(items, done, strict=True):
+            if each is None:
+                consumed["table"] += -(-len(item) // 1024)
+            elif isinstance(each, _Capacity):
+                consumed.update(dict(_consumed([each])))
+        return FillResult([isinstance(each, _Capacity) for each in done], failures, tuple(consumed.items()))
+
+    async def rehearse(self, batch: Sequence[LogRecord]) -> Sequence[Failure]:
+        """By the service's known limits: the size of an item and of its index keys, and the years of four digits."""
+        schedule = self._shards.peek() or await self._shards.current()
+        ttl = self._options.ttl_days
+        failures = []
+        for index, record in enumerate(batch):
+            why = limits.refusal(record, schedule.shards(record.log_timestamp // DAY), ttl)
+            if why is not None:
+                failures.append(Failure(index, RetryClass.PERMANENT, why.reason, why.code))
+        return failures
 
     async def get(self, log_id: str) -> LogRecord | None:
         """Strongly consistent; an expired record is None."""
@@ -259,19 +293,33 @@ class DynamoDBStore:
         ttl = self._options.ttl_days
         return [encode_item(record, schedule.shards(record.log_timestamp // DAY), ttl) for record in batch]
 
-    async def _put_if_absent(self, item: bytes) -> bool:
-        body = b'{"TableName":%b,"ConditionExpression":"attribute_not_exists(log_id)","Item":%b}' % (
-            _json(self._options.table),
-            item,
+    async def _put(self, item: bytes) -> _Capacity | None:
+        """Put an item under an id that is not there, and what it cost; None where the id was there."""
+        body = (
+            b'{"TableName":%b,"ConditionExpression":"attribute_not_exists(log_id)",'
+            b'"ReturnConsumedCapacity":"INDEXES","Item":%b}' % (_json(self._options.table), item)
         )
         async with self._putting:
             try:
-                await self.wire.call("PutItem", body)
+                answer = await self.wire.call("PutItem", body)
             except StoreError as failure:
                 if failure.code == errors.CONDITION_FAILED:
-                    return False
+                    return None
                 raise
-        return True
+        try:
+            return _put_answer.decode(answer).consumed or _NOT_TOLD
+        except msgspec.DecodeError:
+            raise errors.unreadable("PutItem") from None
+
+    async def _fill(self, index: int, item: bytes) -> _Capacity | Failure | None:
+        if not fits(item):
+            return Failure(index, RetryClass.PERMANENT, _TOO_LARGE, "ItemTooLarge")
+        try:
+            return await self._put(item)
+        except StoreError as failure:
+            if failure.retry_class not in _OF_ONE_RECORD:
+                raise
+            return Failure(index, failure.retry_class, failure.reason, failure.code)
 
 
 def _check_batch(batch: Sequence[LogRecord]) -> None:

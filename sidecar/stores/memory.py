@@ -22,6 +22,7 @@ from sidecar.stores.base import (
     ErrorsOn,
     Estimate,
     Failure,
+    FillResult,
     HourFilter,
     Position,
     Query,
@@ -88,6 +89,14 @@ class MemoryStore:
             stored.append(record.log_id not in self._records)
             self._records.setdefault(record.log_id, record)
         return stored
+
+    async def fill(self, batch: Sequence[LogRecord]) -> FillResult:
+        """As ``put_if_absent``."""
+        return FillResult(await self.put_if_absent(batch))
+
+    async def rehearse(self, batch: Sequence[LogRecord]) -> Sequence[Failure]:  # noqa: ARG002  (the port's signature)
+        """Nothing is refused."""
+        return ()
 
     async def get(self, log_id: str) -> LogRecord | None:
         """Look up by id."""

@@ -41,6 +41,7 @@ from sidecar.stores.base import (
     ErrorsOn,
     Estimate,
     Failure,
+    FillResult,
     HourFilter,
     Position,
     Query,
@@ -52,6 +53,7 @@ from sidecar.stores.base import (
 from sidecar.stores.identifiers import checked, quoted
 from sidecar.stores.postgres_connections import PG_EPOCH_US, Connections, Link
 from sidecar.stores.postgres_gaps import PostgresGaps
+from sidecar.stores.postgres_rehearsal import refused
 
 _DAY_US: Final = 86_400_000_000
 _NEWEST: Final = Position((3_000_000 * _DAY_US), "00000000-0000-0000-0000-000000000000")
@@ -185,6 +187,15 @@ class PostgresStore:
             return ()
         inserted = await self._insert(batch)
         return [record.log_id in inserted for record in batch]
+
+    async def fill(self, batch: Sequence[LogRecord]) -> FillResult:
+        """As ``put_if_absent``: one statement, all of it or none."""
+        return FillResult(await self.put_if_absent(batch))
+
+    async def rehearse(self, batch: Sequence[LogRecord]) -> Sequence[Failure]:
+        """The insert of ``fill`` in a transaction that is rolled back: constraints, triggers and policies are asked."""
+        rows = _rows(batch)
+        return await self._writers.run(lambda link: refused(link.connection, self._sql.insert, rows))
 
     async def get(self, log_id: str) -> LogRecord | None:
         """Strongly consistent where ``postgres.host`` is the primary."""

@@ -165,6 +165,23 @@ class TestWriting:
         assert [await store.get(log_id(i)) for i in range(5)] == old + other[3:]
         assert list(await store.put_if_absent(other)) == [False] * 5
 
+    async def test_fill_says_of_each_record_whether_this_call_stored_it(self, store: Store) -> None:
+        """As ``put_if_absent``: what was there stays, whatever it holds; an empty batch is a success."""
+        old = records(3)
+        await write(store, old)
+        other = [record(i, request_data="other", log_timestamp=BASE + i * 1_000_000) for i in range(5)]
+        result = await store.fill(other)
+        assert (list(result.stored), list(result.failures)) == ([False, False, False, True, True], [])
+        assert [await store.get(log_id(i)) for i in range(5)] == old + other[3:]
+        assert list((await store.fill([])).stored) == []
+
+    async def test_a_rehearsal_of_good_records_refuses_none_and_stores_none(self, store: Store) -> None:
+        """New ids and ids that are there alike."""
+        await write(store, [record(1)])
+        assert list(await store.rehearse([*records(5), record(6, request_data="x" * 1000)])) == []
+        assert list(await store.rehearse([])) == []
+        assert [await store.get(log_id(i)) for i in range(7)] == [None, record(1), *[None] * 5]
+
     async def test_one_of_two_concurrent_fillers_stores_a_record(self, store: Store) -> None:
         """Exactly one is told True."""
         first, second = await asyncio.gather(
