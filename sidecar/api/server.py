@@ -20,7 +20,7 @@ from typing import Final
 from aiohttp import web
 from prometheus_client import Counter
 
-from sidecar.api import errors, ingest, ops, status
+from sidecar.api import errors, ingest, ops, page, status
 from sidecar.api.express import EXPRESS, Express
 from sidecar.api.guard import GUARDED, Guard
 from sidecar.api.parts import OPS_PARTS, PARTS, ApiParts, OpsParts
@@ -46,6 +46,7 @@ def build_app(parts: ApiParts, routes: Iterable[web.RouteDef] = (), guard: Guard
             web.post("/logs", ingest.post_logs, expect_handler=_expect),
             web.get("/logs/{log_id}/status", status.get_log_status),
             web.get("/status", status.get_status),
+            *page.routes(),
             *routes,
             web.get("/logs/{log_id}", status.get_log),  # last: /logs/errors and /logs/count come before any id
         ]

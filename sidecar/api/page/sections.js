@@ -1,0 +1,201 @@
+// One function for each section: what /status and the migration routes say, put into the elements of index.html.
+// A part that this sidecar does not have says "not enabled"; one that did not answer says so, with its own words.
+
+import { age, byId, bytes, count, facts, fill, moment, problems, put, show, yes } from "./dom.js";
+
+const PHASES = [
+  ["sql_only", "writes and reads PostgreSQL"],
+  ["dual_write", "writes both, reads PostgreSQL"],
+  ["dual_write_read_dynamo", "requires both, reads DynamoDB"],
+  ["dynamo_only", "writes and reads DynamoDB"],
+];
+const STATES = { up: "good", throttled: "warn", down: "bad", blocked: "bad", paused: "warn" };
+const PRESENCES = { live: "good", silent: "warn", gone: "bad", drained: "idle" };
+
+const label = (phase) => (typeof phase === "number" ? PHASES[phase]?.[0] : phase) || "–";
+
+export function phase(status, migration) {
+  const { phase: now } = status;
+  const steps = byId("steps");
+  PHASES.forEach(([name, text], number) => {
+    let step = steps.children[number];
+    if (!step) {
+      step = document.createElement("li");
+      step.append(document.createElement("b"), document.createElement("span"));
+      steps.append(step);
+    }
+    const tags = [name === now.applied && "applied", name === now.desired && "desired"].filter(Boolean);
+    put(step.firstElementChild, `${number} ${name}${tags.length ? ` · ${tags.join(" and ")}` : ""}`);
+    put(step.lastElementChild, text);
+    if (name === now.applied) step.setAttribute("aria-current", "step");
+    else step.removeAttribute("aria-current");
+    step.className = name === now.desired && name !== now.applied ? "wished" : "";
+  });
+  put(byId("applied"), now.applied);
+  put(byId("desired"), now.desired);
+  put(byId("epoch"), now.epoch ?? "none stated");
+  put(byId("f-sql"), yes(now.flags.writes_to_sql));
+  put(byId("f-dynamodb"), yes(now.flags.writes_to_dynamodb));
+  put(byId("f-both"), yes(now.flags.require_both_writes));
+  put(byId("f-reads"), now.flags.reads_from_dynamodb ? "DynamoDB" : "PostgreSQL");
+  gates(now, migration);
+}
+
+function gates(now, migration) {
+  const known = migration.body?.gates || [];
+  const rows = known.map((gate) => gateRow(gate, gate.ok));
+  if (now.hold && !known.some((gate) => gate.gate === now.hold.gate)) rows.unshift(gateRow(now.hold, false));
+  fill(byId("gates"), rows);
+  const none = byId("gates-none");
+  show(none, rows.length === 0 || migration.state !== "answered");
+  if (migration.state === "absent") put(none, "Evidence of gates: not enabled in this sidecar; a step that is held names what holds it.");
+  else if (migration.state === "failed") put(none, `The gates did not answer: ${migration.error}`);
+  else put(none, "No gate is looked at: no step is due.");
+}
+
+function gateRow(gate, ok) {
+  const verdict = ok === true ? { text: "green", mark: "good" } : { text: "red", mark: "bad" };
+  if (ok === true && gate.warning) Object.assign(verdict, { text: "green, with a warning", mark: "warn" });
+  const since = gate.since ?? gate.since_us;
+  return { key: gate.gate, cells: [gate.gate, verdict, gate.observed, gate.required, moment(since)] };
+}
+
+export function stores(status) {
+  const rows = Object.entries(status.stores).map(([name, store]) => {
+    const { account } = store;
+    const why = store.reason ? `${store.state}: ${store.reason}` : store.state;
+    return {
+      key: name,
+      cells: [
+        name,
+        { text: `${why} (for ${age(store.since_seconds)})`, mark: STATES[store.state] || "idle" },
+        `${count(account.pending)} (${bytes(account.pending_bytes)})`,
+        age(store.oldest_pending_age_seconds),
+        count(account.owed),
+        count(account.delivered),
+        count(account.dead_lettered),
+        count(account.released),
+        count(account.discarded),
+        count(account.quarantined),
+        orders(status.orders?.[name]),
+      ],
+    };
+  });
+  fill(byId("stores"), rows);
+}
+
+function orders(given) {
+  const said = [];
+  if (given?.paused) said.push(`paused by ${given.paused.by}: ${given.paused.reason}`);
+  if (given?.rate) said.push(`at most ${given.rate.records_per_second} records/s by ${given.rate.by}: ${given.rate.reason}`);
+  return said.join("; ") || "none";
+}
+
+export function divergence(status) {
+  const rows = status.spool.divergence.map((pair) => ({
+    key: `${pair.present_in}/${pair.missing_from}`,
+    cells: [pair.present_in, pair.missing_from, { text: count(pair.records), mark: pair.records ? "warn" : "good" }],
+  }));
+  fill(byId("divergence"), rows);
+}
+
+export function gaps(status) {
+  const known = status.gaps;
+  const rows = (known?.open || []).map((gap) => ({
+    key: `${gap.store}/${gap.kind}`,
+    cells: [gap.store, gap.kind, count(gap.records)],
+  }));
+  fill(byId("gaps"), rows);
+  show(byId("gaps-none"), rows.length === 0);
+  put(byId("gaps-none"), known ? "None." : "Not enabled in this sidecar.");
+}
+
+export function validation(status) {
+  const last = status.validation;
+  show(byId("validation-none"), !last);
+  show(byId("validation"), Boolean(last));
+  if (!last) put(byId("validation-none"), "Not enabled in this sidecar.");
+}
+
+export function history(status, answer) {
+  const made = answer.body?.transitions || status.phase.history.toReversed();
+  const rows = made.map((step) => {
+    const red = (step.overridden || []).join(", ");
+    const how = step.forced ? { text: red ? `forced over ${red}` : "forced", mark: "warn" } : { text: "passed", mark: "good" };
+    const from = step.source === null || step.source === undefined ? "none" : label(step.source);
+    const when = step.at ?? step.at_us;
+    return {
+      key: `${when}/${from}/${label(step.target)}`,
+      cells: [moment(when), from, label(step.target), step.epoch, step.by, step.why, how],
+    };
+  });
+  fill(byId("history"), rows);
+  show(byId("history-none"), rows.length === 0);
+}
+
+export function fleet(answer) {
+  const members = answer.body?.instances || [];
+  const rows = members.map((one) => ({
+    key: `${one.instance}/${one.incarnation}`,
+    cells: [
+      one.instance,
+      { text: one.fenced ? `${one.presence}, fenced` : one.presence, mark: one.fenced ? "warn" : PRESENCES[one.presence] || "idle" },
+      label(one.phase),
+      one.epoch,
+      count(total(one.pending)),
+      count(total(one.dead_letters)),
+      one.version,
+      `${age(one.unchanged_seconds)} ago`,
+    ],
+  }));
+  fill(byId("fleet"), rows);
+  const none = byId("fleet-none");
+  show(none, rows.length === 0 || answer.state !== "answered");
+  if (answer.state === "absent") put(none, "Not enabled: this sidecar follows its own configuration and knows of no other.");
+  else if (answer.state === "failed") put(none, `The fleet did not answer: ${answer.error}`);
+  else put(none, "No instance is known yet.");
+}
+
+const total = (by) => Object.values(by || {}).reduce((sum, n) => sum + n, 0);
+
+export function buffer(status) {
+  const { spool, configuration: file } = status;
+  const share = spool.capacity_bytes ? Math.round((100 * spool.bytes_used) / spool.capacity_bytes) : 0;
+  facts(byId("buffer"), [
+    ["Takes records", spool.accepting ? { text: "yes", mark: "good" } : { text: `no: ${spool.busy_reason}`, mark: "bad" }],
+    ["Used", `${bytes(spool.bytes_used)} of ${bytes(spool.capacity_bytes)} (${share} %)`],
+    ["Disk free", bytes(spool.free_disk_bytes)],
+    ["Last commit", `${(spool.commit_seconds_last * 1000).toFixed(1)} ms`],
+    ["Quarantined", count(spool.quarantined_records)],
+    ["Configuration", file.last_reload_successful ? { text: "in force", mark: "good" } : { text: "the file was refused; the last good one is in force", mark: "bad" }],
+    ["Its hash", file.sha256.slice(0, 12)],
+    ["Needs a restart", file.restart_required.join(", ") || "nothing"],
+  ]);
+}
+
+// What somebody who has just opened the page should know first, worst first.
+export function attention(status, lost, failed) {
+  const found = [];
+  const add = (mark, text) => found.push({ mark, text });
+  if (lost) add("bad", lost);
+  if (status) {
+    const { phase: now, spool, configuration: file } = status;
+    if (!spool.accepting) add("bad", `Records are refused: ${spool.busy_reason}.`);
+    for (const [name, store] of Object.entries(status.stores)) {
+      if (store.state !== "up") {
+        const why = store.reason ? `: ${store.reason}` : "";
+        add(STATES[store.state] === "bad" ? "bad" : "warn", `${name} is ${store.state}${why}; ${count(store.account.pending)} records wait for it.`);
+      }
+    }
+    if (now.hold) add("warn", `The step from ${now.applied} to ${now.desired} is held by ${now.hold.gate}: ${now.hold.observed}; required: ${now.hold.required}.`);
+    const last = now.history.at(-1);
+    if (last?.forced) add("warn", `The last step was forced by ${last.by}: ${last.why || "no reason given"}.`);
+    const dead = Object.values(spool.dead_letters).reduce((sum, n) => sum + n, 0);
+    if (dead) add("warn", `${count(dead)} dead letters wait for a decision.`);
+    if (!file.last_reload_successful) add("bad", "The configuration file was refused; the last good one is in force.");
+    if (file.restart_required.length) add("warn", `Changed settings wait for a restart: ${file.restart_required.join(", ")}.`);
+    for (const text of failed) add("warn", text);
+  }
+  problems(byId("problem-list"), found);
+  show(byId("problems-none"), found.length === 0 && status !== null);
+}
