@@ -237,8 +237,11 @@ class Store(Protocol):
         """
         ...
 
-    def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
-        """All records with start <= log_timestamp < end (microseconds), ascending by (time, id); bounded memory."""
+    def scan(self, start: int, end: int, *, hours: HourFilter | None = None) -> AsyncIterator[ScanEntry]:
+        """All records with start <= log_timestamp < end (microseconds), ascending by (time, id); bounded memory.
+
+        Only of the ``hours`` that are wanted, where they are given.
+        """
         ...
 
     def stream(

@@ -240,9 +240,9 @@ class DynamoDBStore:
         """From the indexes alone; over all services by a scan of the whole service index."""
         return await self._enumeration.count(query)
 
-    def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+    def scan(self, start: int, end: int, *, hours: HourFilter | None = None) -> AsyncIterator[ScanEntry]:
         """From a scan of the whole service index, sorted outside memory."""
-        return self._enumeration.scan(start, end)
+        return self._enumeration.scan(start, end, hours)
 
     def stream(
         self, start: int, end: int, *, after: Position | None = None, hours: HourFilter | None = None

@@ -150,9 +150,9 @@ class Enumeration:
         outcome = None if query.service_name is None else query.is_success  # the errors index holds failures alone
         return sum(await all_or_first_error([self._pages.count(p, outcome) for p in partitions]))
 
-    async def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+    async def scan(self, start: int, end: int, hours: HourFilter | None = None) -> AsyncIterator[ScanEntry]:
         """All records with start <= time < end, ascending by (time, id)."""
-        async with aclosing(self._ordered(start, end, _Choice(None, None))) as chunks:
+        async with aclosing(self._ordered(start, end, _Choice(None, hours))) as chunks:
             async for chunk in chunks:
                 for entry in chunk:
                     yield _parse(entry)

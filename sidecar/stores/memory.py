@@ -134,11 +134,11 @@ class MemoryStore:
         """The first ones that were written."""
         return [record for record in self._records.values() if record.log_timestamp < before][:limit]
 
-    async def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
-        """Sort what is there at the first step; later writes are not seen."""
-        window = [r for r in self._records.values() if start <= r.log_timestamp < end]
-        for record in sorted(window, key=_position):
-            yield ScanEntry(record.log_timestamp, record.log_id, digest(record))
+    async def scan(self, start: int, end: int, *, hours: HourFilter | None = None) -> AsyncIterator[ScanEntry]:
+        """The stream, digested."""
+        async for page in self.stream(start, end, hours=hours):
+            for record in page:
+                yield ScanEntry(record.log_timestamp, record.log_id, digest(record))
 
     async def stream(
         self, start: int, end: int, *, after: Position | None = None, hours: HourFilter | None = None

@@ -240,9 +240,9 @@ class PostgresStore:
         """The newest ones."""
         return _records(await self._fetch(self._sql.sample, before - PG_EPOCH_US, limit))
 
-    async def scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+    async def scan(self, start: int, end: int, *, hours: HourFilter | None = None) -> AsyncIterator[ScanEntry]:
         """The stream, digested: pages by (time, id), each at most 1,000 records and about 4 MiB of payloads."""
-        async for page in self.stream(start, end):
+        async for page in self.stream(start, end, hours=hours):
             for record in page:
                 yield ScanEntry(record.log_timestamp, record.log_id, digest(record))
 

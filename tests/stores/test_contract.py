@@ -300,6 +300,7 @@ class TestReading:
         await awaited(lambda: streamed(store, start, end, hours=wanted.__contains__), expected)
         after = _position(expected[4])
         assert await streamed(store, start, end, after=after, hours=wanted.__contains__) == expected[5:]
+        assert [entry async for entry in store.scan(start, end, hours=wanted.__contains__)] == _scan_of(expected)
 
     @settings(drawn, max_examples=8)
     @given(drawn_batch=st.lists(log_records(times=st.integers(BASE, BASE + 6)), min_size=1, max_size=12))
