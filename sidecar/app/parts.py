@@ -5,6 +5,7 @@ from typing import Final, Protocol
 
 from sidecar.clock import Clock
 from sidecar.errors import Busy
+from sidecar.fleet_tables import KeepsFleet
 from sidecar.gaps import KeepsGaps
 from sidecar.migration import PhaseSwitch
 from sidecar.phase import StoreName
@@ -18,8 +19,8 @@ _APPLIED: Final = "applied_phase"
 _ON_THE_WAY: Final = frozenset({"pending", "deferred"})
 
 
-class LedgeredStore(Store, KeepsGaps, Protocol):
-    """What the sidecar needs of a store: records, and the gap ledger beside them."""
+class LedgeredStore(Store, KeepsGaps, KeepsFleet, Protocol):
+    """What the sidecar needs of a store: records, and the gap ledger and the fleet's tables beside them."""
 
 
 class SpoolMemory:

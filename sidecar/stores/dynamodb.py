@@ -45,6 +45,7 @@ from sidecar.stores.base import (
     WriteLimits,
     WriteResult,
 )
+from sidecar.stores.dynamodb_fleet import DynamoDBFleet
 from sidecar.stores.dynamodb_gaps import DynamoDBGaps
 from sidecar.stores.dynamodb_items import DAY, MAX_ITEM_BYTES, Item, encode_item, fits
 from sidecar.stores.dynamodb_pages import Pages
@@ -117,6 +118,7 @@ class DynamoDBStore:
         self._clock = clock
         self.wire = Wire(options, clock=clock)
         self.gap_ledger = DynamoDBGaps(self.wire, options)
+        self.fleet = DynamoDBFleet(self.wire, self.gap_ledger, options, clock=clock)
         self._shards = ShardSchedule(self.wire, options, clock=clock)
         self._pages = Pages(self.wire, options, clock=clock)
         self._queries = Queries(self._pages, self._shards)

@@ -17,6 +17,7 @@ costs one statement per batch, not two.
 Times travel as plain integers (see ``postgres_connections``); ``uuid``s as text.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -52,6 +53,7 @@ from sidecar.stores.base import (
 )
 from sidecar.stores.identifiers import checked, quoted
 from sidecar.stores.postgres_connections import PG_EPOCH_US, Connections, Link
+from sidecar.stores.postgres_fleet import PostgresFleet
 from sidecar.stores.postgres_gaps import PostgresGaps
 from sidecar.stores.postgres_rehearsal import refused
 
@@ -142,7 +144,9 @@ class PostgresStore:
         self._readers = Connections(options, relation=relation, size=options.read_connections, clock=clock)
         self._limits = WriteLimits(options.batch_records, options.batch_bytes, options.write_connections)
         self._optimistic = True
+        self._member = Connections(options, relation=relation, size=1, clock=clock)
         self.gap_ledger = PostgresGaps(self._writers, self._readers, self._schema, self._table)
+        self.fleet = PostgresFleet(self._member, self.gap_ledger, self._schema, self._table)
 
     @property
     def name(self) -> StoreName:
@@ -271,7 +275,7 @@ class PostgresStore:
         await self._writers.run(lambda link: link.connection.execute(self._sql.ping))
 
     async def create(self) -> Sequence[str]:
-        """Make schema, table, indexes and the gap ledger where missing."""
+        """Make schema, table, indexes, gap ledger and fleet tables where missing."""
         patient = Connections(
             msgspec.structs.replace(self._options, command_timeout=postgres_schema.INDEX_SECONDS),
             relation=quoted(self._schema, self._table),
@@ -289,8 +293,7 @@ class PostgresStore:
 
     async def close(self) -> None:
         """End all connections; at most two seconds."""
-        await self._writers.close()
-        await self._readers.close()
+        await asyncio.gather(*(each.close() for each in (self._writers, self._readers, self._member)))
 
     async def _copy(self, batch: Sequence[LogRecord]) -> bool:
         """True where the whole batch is in; False where stage 2 must look."""

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
 from sidecar.record import FIELDS
-from sidecar.stores import postgres_gaps
+from sidecar.stores import postgres_fleet, postgres_gaps
 from sidecar.stores.base import Check
 from sidecar.stores.identifiers import quoted, suffixed
 from sidecar.stores.postgres_connections import Connection, Connections, Link, unique_on_log_id
@@ -112,7 +112,7 @@ def create_index(schema: str, table: str, index: Index, *, concurrently: bool = 
 
 
 async def create(short: Connections, patient: Connections, schema: str, table: str) -> Sequence[str]:
-    """Make schema, table, indexes and the gap ledger where missing; returns what was done.
+    """Make schema, table, indexes, gap ledger and fleet tables where missing; returns what was done.
 
     One sidecar at a time per database, by an advisory lock: two concurrent builds on one table would end in a
     deadlock, and its victim in an invalid index. Who waits for the lock asks for it again and again, because a
@@ -127,8 +127,10 @@ async def create(short: Connections, patient: Connections, schema: str, table: s
 
     async def look(link: Link) -> bool:
         connection = link.connection
-        return not await _incomplete(connection, schema, table) and await postgres_gaps.exists(
-            connection, schema, table
+        return (
+            not await _incomplete(connection, schema, table)
+            and await postgres_gaps.exists(connection, schema, table)
+            and not await postgres_fleet.missing(connection, schema, table)
         )
 
     async def make(link: Link) -> Sequence[str]:
@@ -175,7 +177,8 @@ async def _make_table(connection: Connection, schema: str, table: str) -> Sequen
         for index in INDEXES:
             await connection.execute(create_index(schema, table, index))
             done.append(f"index {suffixed(table, index.suffix)}")
-    return [*done, *await postgres_gaps.create(connection, schema, table)]
+    done += await postgres_gaps.create(connection, schema, table)
+    return [*done, *await postgres_fleet.create(connection, schema, table)]
 
 
 async def _build_index(connection: Connection, schema: str, table: str, index: Index) -> str:
@@ -215,6 +218,7 @@ async def check(connection: Connection, schema: str, table: str) -> Sequence[Che
     checks.extend(await _check_rights(connection, relation))
     checks.extend(await _check_keys(connection, schema, table))
     checks.extend(await postgres_gaps.check(connection, schema, table))
+    checks.extend(await postgres_fleet.check(connection, schema, table))
     return checks
 
 

@@ -1,16 +1,17 @@
 """The contract of ``sidecar.fleet_tables.FleetStore``: one line in ``STORES`` adds an implementation."""
 
 import asyncio
-from collections.abc import Callable
 
 import msgspec
 import pytest
 
 from sidecar.fleet import AuditEntry, FateLine, FleetRecord, FleetStore, GapLine, Heartbeat, MemoryFleetStore
 from sidecar.phase import DYNAMODB, POSTGRES, Phase
+from sidecar.stores.dynamodb import DynamoDBStore
+from sidecar.stores.postgres import PostgresStore
 from tests.fleet.fakes import HandClock
 
-STORES: dict[str, Callable[[HandClock], FleetStore]] = {"memory": lambda clock: MemoryFleetStore(POSTGRES, clock)}
+STORES = ("memory", "postgres", "dynamodb")
 
 FIRST = FleetRecord(1, Phase.SQL_ONLY, "a", "born", 5)
 FULL = FleetRecord(
@@ -28,10 +29,29 @@ FULL = FleetRecord(
 )
 
 
+@pytest.fixture
+def memory_fleet() -> FleetStore:
+    """The reference."""
+    return MemoryFleetStore(POSTGRES, HandClock())
+
+
+@pytest.fixture
+def postgres_fleet(postgres_store: PostgresStore) -> FleetStore:
+    """In a real server."""
+    return postgres_store.fleet
+
+
+@pytest.fixture
+def dynamodb_fleet(dynamodb_store: DynamoDBStore) -> FleetStore:
+    """Over HTTP."""
+    return dynamodb_store.fleet
+
+
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest) -> FleetStore:
     """An empty store."""
-    return STORES[request.param](HandClock())
+    found: FleetStore = request.getfixturevalue(f"{request.param}_fleet")
+    return found
 
 
 def beat(seq: int, incarnation: str = "1", **more: object) -> Heartbeat:

@@ -9,7 +9,7 @@ import pytest
 from sidecar import settings
 from sidecar.clock import SystemClock
 from sidecar.record import FIELDS
-from sidecar.stores import postgres_schema
+from sidecar.stores import postgres_fleet, postgres_schema
 from sidecar.stores.base import Check
 from sidecar.stores.postgres import PostgresStore
 from tests.parts.postgres import connect
@@ -31,7 +31,7 @@ async def test_many_sidecars_that_create_at_once_all_succeed(postgres_empty: set
     assert sorted(made) == sorted(
         [
             f"table public.{TABLE}",
-            f"table public.{TABLE}_gaps",
+            *(f"table public.{TABLE}{end}" for end in ("_gaps", *(each.suffix for each in postgres_fleet.TABLES))),
             *(f"index {TABLE}{index.suffix}" for index in postgres_schema.INDEXES),
         ]
     )
@@ -105,7 +105,7 @@ async def test_an_index_whose_build_was_interrupted_is_made_anew(
 async def test_a_name_of_full_length_gets_distinct_indexes(postgres: settings.Postgres) -> None:
     """63 characters: the indexes' names are cut by us, not by PostgreSQL, and creating again does nothing."""
     store = PostgresStore(msgspec.structs.replace(postgres, table="t" * 63), clock=SystemClock())
-    assert len(await store.create()) == 2 + len(postgres_schema.INDEXES)
+    assert len(await store.create()) == 2 + len(postgres_schema.INDEXES) + len(postgres_fleet.TABLES)
     assert list(await store.create()) == []
     assert await failed(store) == {}
     await store.close()
@@ -174,12 +174,15 @@ async def test_check_names_what_is_wrong_and_nothing_else(
 
 
 async def test_check_tells_a_missing_right(postgres: settings.Postgres, postgres_admin: asyncpg.Connection) -> None:
-    """INSERT and SELECT apart, and those of the gap ledger."""
+    """INSERT and SELECT apart, those of the gap ledger, and those of each of the fleet's tables."""
     await postgres_admin.execute("DROP ROLE IF EXISTS reading; CREATE ROLE reading LOGIN PASSWORD 'pw'")
     await postgres_admin.execute(f"GRANT SELECT ON {TABLE} TO reading")
     options = msgspec.structs.replace(postgres, user="reading", password=settings.Secret("pw"))
     store = PostgresStore(options, clock=SystemClock())
-    assert set(await failed(store)) == {"postgres.grant.insert", "postgres.gaps"}
+    fleet = {f"postgres.fleet{end}" for end in ("", "_heartbeats", "_leases", "_audit", "_fates")}
+    assert set(await failed(store)) == {"postgres.grant.insert", "postgres.gaps", *fleet}
+    await postgres_admin.execute(f"GRANT SELECT, INSERT ON {TABLE}_audit, {TABLE}_fleet TO reading")
+    assert set(await failed(store)) == {"postgres.grant.insert", "postgres.gaps", *fleet - {"postgres.fleet_audit"}}
     await store.close()
     await postgres_admin.execute("DROP OWNED BY reading; DROP ROLE reading")
 

@@ -246,8 +246,9 @@ def statements(name: str) -> list[dict[str, Any]]:
     return json.loads((ROOT / "k8s" / "iam" / name).read_text())["Statement"]
 
 
-def test_the_steady_states_role_deletes_nothing_but_the_canary_and_creates_nothing():
-    """No wildcard action, no table management; DeleteItem only under the canary's key prefix."""
+def test_the_steady_states_role_deletes_nothing_but_canary_and_heartbeats_and_creates_nothing():
+    """No wildcard action, no table management; DeleteItem only under the keys of the canary and of heartbeats."""
+    deletable = {}
     for statement in statements("sidecar-policy.json"):
         actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
         assert statement["Effect"] == "Allow"
@@ -256,9 +257,13 @@ def test_the_steady_states_role_deletes_nothing_but_the_canary_and_creates_nothi
             actions
         )
         if "dynamodb:DeleteItem" in actions:
-            assert statement["Condition"]["ForAllValues:StringLike"] == {"dynamodb:LeadingKeys": ["canary#*"]}
             # ForAllValues alone is true where the key is absent.
-            assert statement["Condition"]["Null"] == {"dynamodb:LeadingKeys": "false"}
+            assert statement["Condition"].pop("Null") == {"dynamodb:LeadingKeys": "false"}
+            deletable[statement["Resource"].partition("/")[2]] = statement["Condition"]
+    assert deletable == {
+        "integration_logs": {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["canary#*"]}},
+        "integration_logs_fleet": {"ForAllValues:StringEquals": {"dynamodb:LeadingKeys": ["heartbeats"]}},
+    }
 
 
 def test_nobody_may_delete_a_table():
@@ -278,3 +283,5 @@ def test_the_grants_hold_no_right_to_change_a_record():
     assert any("SELECT, INSERT" in g for g in on_records)
     assert not [g for g in grants if "GRANT ALL" in g]
     assert not [g for g in on_records if {"UPDATE", "DELETE", "TRUNCATE"} & set(g.replace(",", " ").split())]
+    deleting = [g.replace(",", " ").split() for g in grants if "DELETE" in g or "TRUNCATE" in g]
+    assert [g[g.index("ON") + 1 : g.index("TO")] for g in deleting] == [["INTEGRATION_LOGS_HEARTBEATS"]]

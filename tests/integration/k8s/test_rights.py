@@ -11,6 +11,9 @@ import pytest
 
 from sidecar import settings
 from sidecar.clock import SystemClock
+from sidecar.fleet_tables import AuditEntry, FateLine, FleetRecord, Heartbeat
+from sidecar.gaps import GapLine
+from sidecar.phase import DYNAMODB, Phase
 from sidecar.stores.postgres import PostgresStore
 from tests.integration.k8s.kubelet import Pod, config
 from tests.integration.k8s.tools import ROOT
@@ -49,6 +52,41 @@ async def test_the_granted_role_passes_every_check_of_the_store(granted):
     assert red == []
 
 
+async def test_the_granted_role_is_enough_for_the_fleet(granted):
+    """Record, heartbeats and their end, lease, trail, gap and fate: each method of the port once, as the role."""
+    store = PostgresStore(granted, clock=SystemClock())
+    fleet = store.fleet
+    first = FleetRecord(1, Phase.SQL_ONLY, "a", "born", 1)
+    beat = Heartbeat(instance="a", incarnation="1", seq=1)
+    line = AuditEntry(id="1", outcome="intended", action="create", by="a", why="w", at_us=1, epoch=1)
+    gap = GapLine(store=DYNAMODB, kind="not_owed", hour=1, source="a", opened=1)
+    fate = FateLine(
+        log_id=str(uuid.uuid4()),
+        store=DYNAMODB,
+        state="discarded",
+        retry_class="permanent",
+        by="a",
+        at_us=1,
+        revision=1,
+    )
+    try:
+        assert await fleet.cas_record(None, first)
+        assert await fleet.cas_record(first, msgspec.structs.replace(first, epoch=2))
+        for seq in (1, 2):
+            await fleet.put_heartbeat(msgspec.structs.replace(beat, seq=seq))
+        await fleet.drop_heartbeat(beat.key, 2)
+        assert await fleet.heartbeats() == []
+        assert await fleet.acquire_lease("x", "a", 1.0)
+        await fleet.release_lease("x", "a")
+        for _ in range(2):
+            await fleet.append_audit(line)
+            await fleet.put_gaps([gap])
+            await fleet.put_fates([fate])
+        assert (await fleet.audits(9), await fleet.gaps(), await fleet.fates([fate.log_id])) == ([line], [gap], [fate])
+    finally:
+        await store.close()
+
+
 async def test_a_sidecar_delivers_with_the_granted_rights(granted, dynamodb_store, dynamodb_settings, tmp_path: Path):
     """Batches, single records, and a batch in which a record is there already."""
     pod = Pod(tmp_path / "pod")
@@ -84,6 +122,12 @@ async def test_a_sidecar_delivers_with_the_granted_rights(granted, dynamodb_stor
         "TRUNCATE integration_logs",
         "DROP TABLE integration_logs",
         "DELETE FROM integration_logs_gaps",
+        "DELETE FROM integration_logs_fleet",
+        "DELETE FROM integration_logs_leases",
+        "DELETE FROM integration_logs_fates",
+        "DELETE FROM integration_logs_audit",
+        "UPDATE integration_logs_audit SET document = ''",
+        "TRUNCATE integration_logs_heartbeats",
         "CREATE TABLE integration_logs_mine (a int)",
     ],
 )
