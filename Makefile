@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 3  # tests mostly wait for processes and disks: more workers than a small machine has cores
 
 .PHONY: run test check format clean bench ci-faults ci-integration install
 
@@ -26,7 +27,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix sidecar tests benchmarks
 
 test: check  ## everything that needs no root: at most 8 minutes
-	$(BIN)/pytest -m 'not root'
+	$(BIN)/pytest -m 'not root' -n $(WORKERS) --dist worksteal
 
 ci-faults: $(STAMP)  ## what needs root: full disks and the like
 	$(BIN)/pytest -m root tests
