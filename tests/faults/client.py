@@ -104,6 +104,7 @@ class Client:
         self._patience = aiohttp.ClientTimeout(total=patience)
         self._socket = socket
         self._n = 0
+        self._going = True
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -113,11 +114,14 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.stop()
+        await self.stop(0.0 if error else 20.0)
         self.history.close()
 
-    async def stop(self) -> None:
-        """Send nothing more; what is under way is given up."""
+    async def stop(self, seconds: float = 20.0) -> None:
+        """Send nothing more; what is under way has so long to end, so that nothing is accepted behind our back."""
+        self._going = False
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
         for task in self._tasks:
             task.cancel()
         results = await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -155,7 +159,7 @@ class Client:
 
     async def _work(self) -> None:
         async with self.session() as session:
-            while True:
+            while self._going:
                 status = await self.send(session, self.records(self._batch))
                 if status != 202:
                     await asyncio.sleep(0.02)

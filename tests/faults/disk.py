@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 _SHUTDOWN: Final = 0x8004587D  # EXT4_IOC_SHUTDOWN
 _NO_FLUSH: Final = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH: what is not on the disk by now never will be
@@ -69,6 +69,11 @@ def made(base: Path, size: int = 96 * MIB, name: str = "disk") -> Iterator[Disk]
     finally:
         disk.close()
         disk.image.unlink(missing_ok=True)
+
+
+def spool_on(disk: Disk, **changes: Any) -> dict[str, Any]:
+    """Settings of a spool on the disk."""
+    return {"directory": str(disk.point / "spool"), "allow_volatile": False, "ballast_bytes": 0, **changes}
 
 
 def _run(*words: str) -> None:

@@ -1,11 +1,13 @@
-"""Starting a sidecar in unusual circumstances: sabotaged, under strace, with limits, in a namespace, as another user."""
+"""Starting a sidecar in unusual circumstances: sabotaged, broken by strace, with limits."""
 
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tests.parts.sidecar import ROOT, Sidecar, eventually
@@ -48,6 +50,19 @@ async def start(
     return sidecar
 
 
+async def began(sidecar: Sidecar) -> bool:
+    """Wait until it is ready, or has ended on the way there; whether it is ready."""
+    process = sidecar.process
+    assert process is not None
+    try:
+        await sidecar.ready(60)
+    except AssertionError:
+        if process.poll() is None:
+            raise
+        return False
+    return True
+
+
 async def ended(sidecar: Sidecar, seconds: float = 20.0) -> int:
     """Wait for the process's end by itself; its exit code (minus the signal's number)."""
     process = sidecar.process
@@ -74,13 +89,31 @@ async def command(*words: str | Path) -> str:
     return output.decode()
 
 
-def injecting(paths: Sequence[Path], *rules: str, trace: str = "") -> list[str]:
-    """A command before the sidecar's: strace breaks system calls on these files (``fdatasync:error=EIO:when=5``)."""
-    words = [tool("strace"), "-f", "-D", "-qq", "-o", trace or "/dev/null"]
+@asynccontextmanager
+async def injected(
+    sidecar: Sidecar, paths: Sequence[Path], *rules: str, trace: Path, without: str = ""
+) -> AsyncIterator[bool]:
+    """Start it with system calls on these files broken by strace (``fdatasync:error=EIO:when=5``); is it ready?
+
+    The process stops itself after its imports, so that strace counts from the sidecar's first call. Calls are counted
+    by thread; ``trace`` lists them, the broken ones marked ``INJECTED``. The process is ended with the block.
+    """
+    launch(sidecar, without=",".join(filter(None, ("stopped_after_imports", without))))
+    process = sidecar.process
+    assert process is not None
+    status = Path(f"/proc/{process.pid}/status")
+    await eventually(lambda: "State:\tT" in status.read_text(), what="the imports")
+    words = [tool("strace"), "-f", "-qq", "-o", str(trace), "-p", str(process.pid), "-e", "signal=none"]
     for path in paths:
         words += ["-P", str(path)]
-    calls = ",".join(dict.fromkeys(rule.split(":")[0] for rule in rules))
-    words += ["-e", f"trace={calls}", "-e", "signal=none"]
+    words += ["-e", f"trace={','.join(dict.fromkeys(rule.split(':')[0] for rule in rules))}"]
     for rule in rules:
         words += ["-e", f"inject={rule}"]
-    return words
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL) as strace:
+        try:
+            await eventually(lambda: "TracerPid:\t0" not in status.read_text(), what="strace")
+            process.send_signal(signal.SIGCONT)
+            yield await began(sidecar)
+        finally:
+            sidecar.close()
+            await asyncio.to_thread(strace.wait, 20)

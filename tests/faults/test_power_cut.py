@@ -6,16 +6,12 @@ import shutil
 import pytest
 
 from tests.faults.client import Client
+from tests.faults.disk import spool_on
 from tests.faults.process import ended, launch, start
 from tests.faults.verdict import guilty, judge, require
 from tests.parts.sidecar import eventually
 
 pytestmark = pytest.mark.root
-
-
-def spool_on(disk, **changes):
-    """Settings of a spool on the disk."""
-    return {"directory": str(disk.point / "spool"), "allow_volatile": False, "ballast_bytes": 0, **changes}
 
 
 async def cut_rounds(row, stand, disk, rounds: int, without: str = "") -> None:
@@ -61,7 +57,7 @@ async def at_moment(row, stand, disk, moment: str, without: str = "") -> None:
         client.history.counting = True
         if moment == "first start":
             launch(sidecar, without=without)
-            await eventually(lambda: (disk.point / "spool" / "lock").exists(), seconds=30, every=0.001)
+            await eventually((disk.point / "spool" / "lock").exists, seconds=30, every=0.001)
             await asyncio.sleep(row.rng.uniform(0, 0.05))
         else:
             await start(sidecar, without=without)
