@@ -113,14 +113,15 @@ _LITERAL: Final = _Literal({})
 def render(settings: Settings) -> str:
     """The whole configuration as YAML that ``load`` reads back to the same values; secrets are ``***``."""
     lines: list[str] = []
-    section = ""
+    section: list[str] = []
     for path, each in FIELDS.items():
-        head, _, name = path.rpartition(".")
-        if head != section:
-            section = head
-            lines.append(f"{head}:")
+        *heads, name = path.split(".")
+        for depth, head in enumerate(heads):
+            if section[: depth + 1] != heads[: depth + 1]:
+                lines.append(f"{'  ' * depth}{head}:")
+                section = heads[: depth + 1]
         value = value_at(settings, path)
-        lines.append(f"{'  ' if head else ''}{name}: {_quoted(value, each.secret, show(value, each.unit))}")
+        lines.append(f"{'  ' * len(heads)}{name}: {_quoted(value, each.secret, show(value, each.unit))}")
     return "\n".join(lines) + "\n"
 
 

@@ -227,6 +227,42 @@ def _postgres_names(s: Settings) -> None:
             )
 
 
+_ZONE: Final = re.compile(r"UTC|[+-](0[0-9]|1[0-4]):[0-5][0-9]", re.ASCII)
+
+
+def _adopted(s: Settings) -> None:
+    """`postgres.adopt` names plain, different columns; `assume_zone` is `UTC` or a fixed offset."""
+    adopt = s.postgres.adopt
+    names = {"key": adopt.key, "log_id": adopt.log_id} | {
+        f"columns.{field}": getattr(adopt.columns, field) for field in adopt.columns.__struct_fields__
+    }
+    taken: dict[str, str] = {}
+    for field, name in names.items():
+        if not _SQL_NAME.fullmatch(name):
+            raise ConfigError(
+                f"postgres.adopt.{field}",
+                seen=name[:80],
+                allowed="a column's name as the catalogue has it: letters, digits and _, at most 63",
+                hint="quotes are put by the sidecar; a column with another name cannot be mapped",
+            )
+        if name in taken:
+            raise ConfigError(
+                f"postgres.adopt.{field}",
+                seen=name,
+                allowed=f"another column than postgres.adopt.{taken[name]}",
+                hint="each field has a column of its own",
+            )
+        taken[name] = field
+    if adopt.assume_zone is not None and not _ZONE.fullmatch(adopt.assume_zone):
+        raise ConfigError(
+            "postgres.adopt.assume_zone",
+            seen=adopt.assume_zone[:60],
+            allowed="UTC, or a fixed offset such as +02:00",
+            hint="a zone with daylight saving names one hour of each year twice, so a record of that hour could not be"
+            " given back as it was; make the column a timestamptz instead (docs/ADOPTING.md)",
+        )
+
+
 def _password(s: Settings) -> None:
     """`postgres.password` and `postgres.password_file` are not both stated."""
     if s.postgres.password is not None and s.postgres.password_file is not None:
@@ -293,6 +329,7 @@ CHECKS: Final[Sequence[Callable[[Settings], None]]] = (
     _fleet,
     _listeners,
     _postgres_names,
+    _adopted,
     _password,
     _dynamodb_names,
     _endpoint,

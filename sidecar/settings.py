@@ -106,6 +106,37 @@ class Retry(_Section, frozen=True):
     fk_grace: Seconds = 900.0  # how long a missing parent row (23503) may still appear
 
 
+class AdoptedColumns(_Section, frozen=True):
+    """The adopted table's columns, by the record's fields: names as they stand in the catalogue, where case counts."""
+
+    application_id: str = "ApplicationId"  # smallint, integer or bigint
+    log_type: str = "LogType"  # text or varchar, not null
+    service_name: str = "ServiceName"  # text or varchar, not null
+    request_data: str = "RequestData"  # text or varchar; jsonb would not give back what it was given
+    response_data: str = "ResponseData"  # as request_data
+    status_code: str = "StatusCode"  # smallint, integer or bigint; text or varchar with status_code_text
+    is_success: str = "IsSuccess"  # boolean, not null
+    error_message: str = "ErrorMessage"  # text or varchar
+    processing_time_ms: str = "ProcessingTimeMs"  # smallint, integer or bigint
+    log_timestamp: str = "LogTimestamp"  # timestamptz, or timestamp with assume_zone; not null
+    correlation_id: str = "CorrelationId"  # text or varchar
+    user_id: str = "UserId"  # text or varchar
+
+
+class Adopted(_Section, frozen=True):
+    """A table that others made and write to: `postgres.schema` and `postgres.table` name it, see docs/ADOPTING.md."""
+
+    enabled: bool = False  # true: records go to that table under its own names; the sidecar never creates or alters it
+    key: str = "LogId"  # its integer key, numbered by the database; rows of old writers are known by it
+    log_id: str = "SidecarLogId"  # the nullable uuid column of the sidecar's rows; `sidecar adopt` adds it
+    # the table's number in computed ids; never change it once rows were copied, and give each table its own
+    tag: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 1
+    assume_zone: str | None = None  # UTC or +hh:mm: what a `timestamp` column without a zone means
+    # true: a text status column; whole numbers are read as such, any other text as null
+    status_code_text: bool = False
+    columns: AdoptedColumns = AdoptedColumns()
+
+
 class Postgres(_Section, frozen=True):
     """The PostgreSQL store."""
 
@@ -127,6 +158,7 @@ class Postgres(_Section, frozen=True):
     pgbouncer: bool = False  # transaction pooling: no prepared statements that outlive a transaction
     batch_records: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000  # in one statement
     batch_bytes: Annotated[int, msgspec.Meta(ge=350 * KIB, title="bytes")] = 4 * MIB  # in one statement
+    adopt: Adopted = Adopted()
 
 
 class DynamoDB(_Section, frozen=True):

@@ -325,6 +325,11 @@ CONTRADICTIONS = {
     "listen.ops": "listen: {ops: '127.0.0.1:8080'}",
     "postgres.table": "postgres: {table: 'logs; drop table x'}",
     "postgres.schema": "postgres: {schema: 1st}",
+    "postgres.adopt.key": "postgres: {adopt: {key: 'LogId\"; drop table x; --'}}",
+    "postgres.adopt.log_id": "postgres: {adopt: {log_id: LogId}}",
+    "postgres.adopt.columns.user_id": "postgres: {adopt: {columns: {user_id: ServiceName}}}",
+    "postgres.adopt.columns.log_type": "postgres: {adopt: {columns: {log_type: t.LogType}}}",
+    "postgres.adopt.assume_zone": "postgres: {adopt: {assume_zone: Europe/Berlin}}",
     "postgres.password": f"postgres: {{password: {CANARY}, password_file: /x}}",
     "dynamodb.table": "dynamodb: {table: a b}",
     "dynamodb.fleet_table": "dynamodb: {fleet_table: integration_logs}",
@@ -416,7 +421,7 @@ def test_printed_configuration_reads_back():
     text += "\nretry: {delay: 1.2345678}"
     settings = read(text, A="b").settings
     assert read(render(settings)).settings == settings
-    assert set(re.findall(r"^(?:  )?(\w+):", render(Settings()), re.MULTILINE)) >= {
+    assert set(re.findall(r"^ *(\w+):", render(Settings()), re.MULTILINE)) >= {
         p.rpartition(".")[2] for p in FIELDS
     }
 

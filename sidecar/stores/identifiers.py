@@ -9,13 +9,18 @@ _IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}", re.ASCII)
 MAX_BYTES: Final = 63  # NAMEDATALEN - 1: PostgreSQL cuts longer names without an error
 
 
+def is_plain(name: str) -> bool:
+    """Whether ``name`` may be quoted as it is."""
+    return _IDENTIFIER.fullmatch(name) is not None
+
+
 def checked(setting: str, name: str) -> str:
     """``name`` itself where it is a plain identifier.
 
     Raises:
         ConfigError: it is not; ``setting`` says where it stands.
     """
-    if _IDENTIFIER.fullmatch(name) is None:
+    if not is_plain(name):
         raise ConfigError(setting, seen=name, allowed="a letter or _, then up to 62 letters, digits or _")
     return name
 

@@ -18,8 +18,8 @@ Times travel as plain integers (see ``postgres_connections``); ``uuid``s as text
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Final
 
 import asyncpg
 import msgspec
@@ -27,19 +27,15 @@ import msgspec
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import POSTGRES, StoreName
-from sidecar.record import FIELDS, LogRecord, digest, timestamp_text
+from sidecar.record import LogRecord, digest, timestamp_text
 from sidecar.settings import Postgres
 from sidecar.stores import postgres_schema
 from sidecar.stores.base import (
     HOUR_US,
-    ByApplication,
-    ByCorrelation,
-    ByService,
     Check,
     Consistency,
     CountGroup,
     CountQuery,
-    ErrorsOn,
     Estimate,
     Failure,
     FillResult,
@@ -51,75 +47,21 @@ from sidecar.stores.base import (
     WriteLimits,
     WriteResult,
 )
-from sidecar.stores.identifiers import checked, quoted
-from sidecar.stores.postgres_connections import PG_EPOCH_US, Connections, Link
+from sidecar.stores.postgres_connections import Connections, Link
 from sidecar.stores.postgres_fleet import PostgresFleet
 from sidecar.stores.postgres_gaps import PostgresGaps
+from sidecar.stores.postgres_mapping import table_mapping
 from sidecar.stores.postgres_rehearsal import refused
+from sidecar.stores.postgres_statements import DAY_US, Rows, Statements
 
-_DAY_US: Final = 86_400_000_000
-_NEWEST: Final = Position((3_000_000 * _DAY_US), "00000000-0000-0000-0000-000000000000")
+_NEWEST: Final = Position((3_000_000 * DAY_US), "00000000-0000-0000-0000-000000000000")
 """After every record that can be: the year 10183."""
 _LAST_ID: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
-_SCAN_ROWS: Final = 1_000  # of one page of a scan
-_SCAN_BYTES: Final = 4 * 1024 * 1024  # of its payloads, one record at least
-_ARRAYS: Final = {
-    "log_id": "uuid",
-    "application_id": "bigint",
-    "status_code": "integer",
-    "is_success": "boolean",
-    "processing_time_ms": "bigint",
-    "log_timestamp": "timestamptz",
-}
-"""Element types of the arrays of an insert; ``text`` otherwise, so that the column's length is checked, not cut."""
-
-
-_GROUPS: Final[Mapping[CountGroup, str]] = {
-    "date": "(t.log_timestamp AT TIME ZONE 'UTC')::date - DATE '1970-01-01'",  # days since the epoch
-    "service": "t.service_name",
-}
 _SWALLOWED: Final = "neither inserted nor present: a trigger or a policy of the table discards it"
 _OTHER_CONTENT: Final = "the same log_id is stored with other content"
-
-
-class Statements:
-    """The SQL of one table, written once."""
-
-    def __init__(self, relation: str) -> None:
-        names = ", ".join(quoted(f) for f in FIELDS)
-        arrays = ", ".join(f"${n}::{_ARRAYS.get(f, 'text')}[]" for n, f in enumerate(FIELDS, 1))
-        out = ", ".join(f"t.{quoted(f)}" for f in FIELDS)
-        page = "ORDER BY t.log_timestamp DESC, t.log_id DESC LIMIT $1"
-        before = "(t.log_timestamp, t.log_id) < ($2, $3)"
-        source = f"FROM {relation} t WHERE"
-        sizes = " + ".join(
-            f"coalesce(octet_length({f}), 0)" for f in ("request_data", "response_data", "error_message")
-        )
-        self.insert = (
-            f"INSERT INTO {relation} ({names}) SELECT * FROM unnest({arrays}) "
-            "ON CONFLICT (log_id) DO NOTHING RETURNING log_id"
-        )
-        self.ping = f"INSERT INTO {relation} ({names}) SELECT {names} FROM {relation} WHERE false"
-        self.stored = f"SELECT {out} {source} t.log_id = ANY($1::uuid[])"
-        self.get = f"SELECT {out} {source} t.log_id = $1"
-        brief = ", ".join(f"t.{quoted(f)}" for f in Summary.__struct_fields__)
-        conditions = {
-            ByApplication: "t.application_id = $4",
-            ByCorrelation: "t.correlation_id = $4",
-            ByService: "t.service_name = $4 AND t.log_timestamp >= $5 AND t.log_timestamp <= $6",
-            ErrorsOn: "NOT t.is_success AND t.log_timestamp >= $4 AND t.log_timestamp < $5",
-        }
-        self.pages = {kind: f"SELECT {out} {source} {c} AND {before} {page}" for kind, c in conditions.items()}
-        self.summaries = {kind: f"SELECT {brief} {source} {c} AND {before} {page}" for kind, c in conditions.items()}
-        self.sample = f"SELECT {out} {source} t.log_timestamp < $1 ORDER BY t.log_timestamp DESC LIMIT $2"
-        self.counted = f"{source} t.log_timestamp >= $1 AND t.log_timestamp <= $2"
-        # A page of a scan ends at so many rows or so many bytes; octet_length does not fetch a TOASTed value.
-        self.scan = (
-            f"SELECT {out} FROM (SELECT p.*, sum({sizes}) OVER (ORDER BY log_timestamp, log_id) - ({sizes}) AS ahead "
-            f"FROM (SELECT * {source} t.log_timestamp < $2 AND (t.log_timestamp, t.log_id) > ($1, $3) "
-            f"ORDER BY t.log_timestamp, t.log_id LIMIT {_SCAN_ROWS}) p) t "
-            f"WHERE t.ahead < {_SCAN_BYTES} ORDER BY t.log_timestamp, t.log_id"
-        )
+_RESERVED: Final = (
+    "its log_id names a row of the adopted table that is not there: only a copied row may have such an id"
+)
 
 
 class PostgresStore:
@@ -136,10 +78,11 @@ class PostgresStore:
     def __init__(self, options: Postgres, *, clock: Clock) -> None:
         self._options = options
         self._clock = clock
-        self._schema = checked("postgres.schema", options.schema)
-        self._table = checked("postgres.table", options.table)
-        relation = quoted(self._schema, self._table)
-        self._sql = Statements(relation)
+        self._mapping = mapping = table_mapping(options)
+        self._schema, self._table, relation = mapping.schema, mapping.table, mapping.relation
+        self._ids = None if mapping.adopted is None else mapping.adopted.ids
+        self._sql = Statements(mapping)
+        self._rows = Rows(mapping)
         self._writers = Connections(options, relation=relation, size=options.write_connections, clock=clock)
         self._readers = Connections(options, relation=relation, size=options.read_connections, clock=clock)
         self._limits = WriteLimits(options.batch_records, options.batch_bytes, options.write_connections)
@@ -173,7 +116,7 @@ class PostgresStore:
                 RetryClass.PERMANENT,
                 f"{len(batch)} records in one batch, at most {self._limits.max_records}",
             )
-        if self._optimistic and await self._copy(batch):
+        if self._optimistic and not self._computed(batch) and await self._copy(batch):
             return WriteResult()
         inserted = await self._insert(batch)
         if len(inserted) == len(batch):
@@ -198,26 +141,27 @@ class PostgresStore:
 
     async def rehearse(self, batch: Sequence[LogRecord]) -> Sequence[Failure]:
         """The insert of ``fill`` in a transaction that is rolled back: constraints, triggers and policies are asked."""
-        rows = _rows(batch)
-        return await self._writers.run(lambda link: refused(link.connection, self._sql.insert, rows))
+        rows = self._rows.of(batch)
+        return await self._writers.run(lambda link: refused(link.connection, self._sql.insert(link.unique), rows))
 
     async def get(self, log_id: str) -> LogRecord | None:
         """Strongly consistent where ``postgres.host`` is the primary."""
-        rows = await self._fetch(self._sql.get, log_id)
-        return _records(rows)[0] if rows else None
+        rows = await self._fetch(self._sql.stored, *self._named([log_id]))
+        return self._rows.records(rows)[0] if rows else None
 
     async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
         """One walk along the index that serves the query."""
         time, log_id = before or _NEWEST
-        rows = await self._fetch(self._sql.pages[type(query)], limit, time - PG_EPOCH_US, log_id, *_arguments(query))
-        return _records(rows)
+        sql = self._sql.pages[type(query)]
+        rows = await self._fetch(sql, limit, self._rows.time(time), log_id, *self._rows.arguments(query))
+        return self._rows.records(rows)
 
     async def summaries(self, query: Query, *, before: Position | None, limit: int) -> Sequence[Summary]:
         """The same walk, six columns: payloads out of line are not fetched."""
         time, log_id = before or _NEWEST
         sql = self._sql.summaries[type(query)]
-        rows = await self._fetch(sql, limit, time - PG_EPOCH_US, log_id, *_arguments(query))
-        return [Summary(str(a), us + PG_EPOCH_US, b, c, d, e) for a, us, b, c, d, e in rows]
+        rows = await self._fetch(sql, limit, self._rows.time(time), log_id, *self._rows.arguments(query))
+        return self._rows.summaries(rows)
 
     async def count(self, query: CountQuery) -> int:
         """Count at the server, in one statement."""
@@ -228,9 +172,9 @@ class PostgresStore:
     async def count_by(self, query: CountQuery, group: CountGroup) -> Mapping[str, int]:
         """Count at the server, in one statement."""
         counted, arguments = self._counted(query)
-        rows = await self._fetch(f"SELECT {_GROUPS[group]} AS g, count(*) {counted} GROUP BY 1", *arguments)
+        rows = await self._fetch(f"SELECT {self._sql.groups[group]} AS g, count(*) {counted} GROUP BY 1", *arguments)
         if group == "date":
-            return {timestamp_text(day * _DAY_US)[:10]: number for day, number in rows}
+            return {timestamp_text(day * DAY_US)[:10]: number for day, number in rows}
         return {name: number for name, number in rows}  # noqa: C416  (a row is no tuple to the type checker)
 
     async def estimate(self, query: CountQuery) -> Estimate:
@@ -242,7 +186,7 @@ class PostgresStore:
 
     async def sample(self, *, before: int, limit: int) -> Sequence[LogRecord]:
         """The newest ones."""
-        return _records(await self._fetch(self._sql.sample, before - PG_EPOCH_US, limit))
+        return self._rows.records(await self._fetch(self._sql.sample, self._rows.time(before), limit))
 
     async def scan(self, start: int, end: int, *, hours: HourFilter | None = None) -> AsyncIterator[ScanEntry]:
         """The stream, digested: pages by (time, id), each at most 1,000 records and about 4 MiB of payloads."""
@@ -259,10 +203,9 @@ class PostgresStore:
         position = Position(start - 1, _LAST_ID)
         if after is not None:
             position = max(position, after)
-        while rows := await self._fetch(
-            self._sql.scan, position.log_timestamp - PG_EPOCH_US, end - PG_EPOCH_US, position.log_id
-        ):
-            page = _records(rows)
+        time = self._rows.time
+        while rows := await self._fetch(self._sql.scan, time(position.log_timestamp), time(end), position.log_id):
+            page = self._rows.records(rows)
             position = Position(page[-1].log_timestamp, page[-1].log_id)
             if hours is not None:
                 position = _skipped(position, end, hours)
@@ -278,7 +221,7 @@ class PostgresStore:
         """Make schema, table, indexes, gap ledger and fleet tables where missing."""
         patient = Connections(
             msgspec.structs.replace(self._options, command_timeout=postgres_schema.INDEX_SECONDS),
-            relation=quoted(self._schema, self._table),
+            relation=self._mapping.relation,
             size=2,
             clock=self._clock,
         )
@@ -301,8 +244,9 @@ class PostgresStore:
         async def copy(link: Link) -> bool:
             if not link.copies:
                 return False
+            rows = self._rows.of(batch)
             taken: str = await link.connection.copy_records_to_table(
-                self._table, schema_name=self._schema, columns=FIELDS, records=_rows(batch)
+                self._table, schema_name=self._schema, columns=self._mapping.names, records=rows
             )
             return taken == f"COPY {len(batch)}"
 
@@ -315,19 +259,21 @@ class PostgresStore:
 
     async def _insert(self, batch: Sequence[LogRecord]) -> set[str]:
         """Insert what is not there; the ids that this call inserted."""
-        columns = tuple(zip(*_rows(batch), strict=True))
-        rows = await self._writers.run(lambda link: link.connection.fetch(self._sql.insert, *columns))
+        columns = tuple(zip(*self._rows.of(batch), strict=True))
+        rows = await self._writers.run(lambda link: link.connection.fetch(self._sql.insert(link.unique), *columns))
         return {str(row[0]) for row in rows}
 
     async def _compare(self, records: Sequence[tuple[int, LogRecord]]) -> Sequence[Failure]:
         """Look at what stands in the place of records that were not inserted."""
-        ids = [record.log_id for _, record in records]
-        rows = await self._writers.run(lambda link: link.connection.fetch(self._sql.stored, ids))
-        stored = {found.log_id: found for found in _records(rows)}
+        named = self._named([record.log_id for _, record in records])
+        rows = await self._writers.run(lambda link: link.connection.fetch(self._sql.stored, *named))
+        stored = {found.log_id: found for found in self._rows.records(rows)}
         failures = []
         for index, record in records:
             found = stored.get(record.log_id)
-            if found is None:
+            if found is None and self._computed([record]):
+                failures.append(Failure(index, RetryClass.PERMANENT, _RESERVED))
+            elif found is None:
                 failures.append(Failure(index, RetryClass.UNKNOWN, _SWALLOWED))
             elif found != record:
                 failures.append(Failure(index, RetryClass.CONFLICT, _OTHER_CONTENT))
@@ -335,47 +281,26 @@ class PostgresStore:
 
     def _counted(self, query: CountQuery) -> tuple[str, list[object]]:
         """FROM and WHERE of a count, and its arguments."""
-        sql = self._sql.counted
-        arguments: list[object] = [query.start - PG_EPOCH_US, query.end - PG_EPOCH_US]
-        if query.service_name is not None:
+        by_service = query.service_name is not None
+        arguments: list[object] = [self._rows.time(query.start), self._rows.time(query.end)]
+        if by_service:
             arguments.append(query.service_name)
-            sql += f" AND t.service_name = ${len(arguments)}"
-        if query.is_success is not None:
-            sql += " AND t.is_success" if query.is_success else " AND NOT t.is_success"
-        return sql, arguments
+        return self._sql.counted(service=by_service, success=query.is_success), arguments
+
+    def _computed(self, batch: Sequence[LogRecord]) -> bool:
+        """Whether a record of the batch has the id of an old writer's row, which COPY would not meet."""
+        ids = self._ids
+        return ids is not None and any(ids.key(record.log_id) is not None for record in batch)
+
+    def _named(self, log_ids: Sequence[str]) -> tuple[Sequence[object], ...]:
+        """The parameters that name rows by id."""
+        if self._ids is None:
+            return (log_ids,)
+        keys = (self._ids.key(log_id) for log_id in log_ids)
+        return log_ids, [key for key in keys if key is not None]
 
     async def _fetch(self, sql: str, *arguments: object) -> Sequence[asyncpg.Record]:
         return await self._readers.run(lambda link: link.connection.fetch(sql, *arguments))
-
-
-def _rows(batch: Sequence[LogRecord]) -> Sequence[tuple[object, ...]]:
-    """The records as rows in the order of FIELDS, the time counted from PostgreSQL's epoch."""
-    return [
-        (
-            r.log_id,
-            r.application_id,
-            r.log_type,
-            r.service_name,
-            r.request_data,
-            r.response_data,
-            r.status_code,
-            r.is_success,
-            r.error_message,
-            r.processing_time_ms,
-            r.log_timestamp - PG_EPOCH_US,
-            r.correlation_id,
-            r.user_id,
-        )
-        for r in batch
-    ]
-
-
-def _records(rows: Iterable[Any]) -> list[LogRecord]:
-    """Rows in the order of FIELDS as records; unpacked in one place, which is the fastest way."""
-    return [
-        LogRecord(str(a), b, c, d, e, f, g, h, i, j, us + PG_EPOCH_US, k, m)
-        for a, b, c, d, e, f, g, h, i, j, us, k, m in rows
-    ]
 
 
 def _skipped(position: Position, end: int, hours: HourFilter) -> Position:
@@ -387,15 +312,3 @@ def _skipped(position: Position, end: int, hours: HourFilter) -> Position:
     while hour <= last and not hours(hour):
         hour += 1
     return Position(hour * HOUR_US - 1, _LAST_ID)
-
-
-def _arguments(query: Query) -> tuple[object, ...]:
-    match query:
-        case ByApplication(application_id):
-            return (application_id,)
-        case ByCorrelation(correlation_id):
-            return (correlation_id,)
-        case ByService(service_name, start, end):
-            return service_name, start - PG_EPOCH_US, end - PG_EPOCH_US
-        case ErrorsOn(day):
-            return day * _DAY_US - PG_EPOCH_US, (day + 1) * _DAY_US - PG_EPOCH_US

@@ -32,6 +32,7 @@ from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import POSTGRES
 from sidecar.settings import Postgres
+from sidecar.stores.identifiers import is_plain
 from sidecar.stores.postgres_errors import spends_connection, translate
 
 APPLICATION: Final = "hybrid-log-sidecar"
@@ -51,6 +52,7 @@ class Link:
     connection: Connection
     seen: bool  # the table was there; a connection from before it is not kept, for what it knows is nothing
     copies: bool  # COPY into the table has the effect of an insert: a plain table, no trigger, rule or policy
+    unique: tuple[str, ...]  # of a partitioned table: the columns of the unique index that begins with the id's
     settings: tuple[str, ...]  # what is to be set here, ``name = value``
 
 
@@ -67,6 +69,7 @@ class Connections:
     def __init__(self, options: Postgres, *, relation: str, size: int, clock: Clock) -> None:
         self._options = options
         self._relation = relation
+        self._adopt = options.adopt
         self._clock = clock
         self._free = asyncio.Semaphore(size)
         self._idle: list[tuple[Link, float]] = []  # the longest idle first; taken from the end
@@ -218,12 +221,17 @@ class Connections:
         """Make a fresh connection ready, and see what the table is like."""
         # A timestamptz is an int64 of microseconds on the wire: as a plain number it costs no datetime objects.
         await connection.set_builtin_type_codec("timestamptz", schema="pg_catalog", codec_name="int8", format="binary")
+        if self._adopt.enabled and self._adopt.assume_zone is not None:  # the same int64, of times without a zone
+            await connection.set_builtin_type_codec(
+                "timestamp", schema="pg_catalog", codec_name="int8", format="binary"
+            )
         longest = int(self._options.command_timeout * 1000) + _GRACE_MS
+        id_column = self._adopt.log_id if self._adopt.enabled else "log_id"
 
         async def look(link: Link) -> asyncpg.Record | None:
-            return await link.connection.fetchrow(_PROBE, self._relation, longest)
+            return await link.connection.fetchrow(_PROBE, self._relation, longest, id_column, self._adopt.enabled)
 
-        link = Link(connection, seen=False, copies=False, settings=())
+        link = Link(connection, seen=False, copies=False, unique=(), settings=())
         found = await (_in_transaction(link, look) if self._options.pgbouncer else look(link))
         if found is None:
             return link
@@ -234,7 +242,10 @@ class Connections:
             wanted.append(f"statement_timeout = {longest}")
         if wanted and not self._options.pgbouncer:
             await connection.execute("; ".join(f"SET {each}" for each in wanted))
-        return Link(connection, found["seen"], found["copies"], tuple(wanted))
+        unique = tuple(found["unique_columns"] or ())
+        if not all(map(is_plain, unique)):
+            unique = ()  # a name that is not ours to write into a statement
+        return Link(connection, found["seen"], found["copies"], unique, tuple(wanted))
 
 
 async def _in_transaction(link: Link, work: Callable[[Link], Awaitable[T]]) -> T:
@@ -253,12 +264,16 @@ async def _in_transaction(link: Link, work: Callable[[Link], Awaitable[T]]) -> T
     return outcome
 
 
-def unique_on_log_id(relation: str) -> str:
-    """An SQL condition: the table with the oid ``relation`` (an expression) has a unique index fit for ON CONFLICT."""
+def unique_on(relation: str, column: str, adopted: str = "false") -> str:
+    """An SQL condition: the table with this oid has a unique index on this column, fit for ON CONFLICT.
+
+    All are expressions. An adopted table's index may leave out the rows without an id.
+    """
     return f"""EXISTS (
         SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
         WHERE i.indrelid = {relation} AND i.indisunique AND i.indisvalid AND i.indimmediate
-          AND i.indnkeyatts = 1 AND i.indpred IS NULL AND a.attname = 'log_id')"""
+          AND i.indnkeyatts = 1 AND a.attname = {column} AND (i.indpred IS NULL
+              OR {adopted} AND pg_get_expr(i.indpred, i.indrelid) = format('(%I IS NOT NULL)', a.attname)))"""
 
 
 _PROBE: Final = f"""
@@ -269,7 +284,14 @@ SELECT current_setting('synchronous_commit') = 'off' AS weak,
            AND NOT row_security_active(c.oid)
            AND NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND NOT g.tgisinternal)
            AND NOT EXISTS (SELECT FROM pg_rewrite w WHERE w.ev_class = c.oid)
-           AND {unique_on_log_id("c.oid")}, false) AS copies
+           AND {unique_on("c.oid", "$3", "$4::boolean")}, false) AS copies,
+       (SELECT array(
+            SELECT a.attname::text FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(number, place)
+            JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number ORDER BY k.place)
+        FROM pg_index i JOIN pg_attribute f ON f.attrelid = i.indrelid AND f.attnum = i.indkey[0]
+        WHERE i.indrelid = c.oid AND c.relkind = 'p' AND f.attname = $3 AND i.indnkeyatts > 1
+          AND i.indisunique AND i.indisvalid AND i.indimmediate
+        ORDER BY i.indexrelid LIMIT 1) AS unique_columns
 FROM (SELECT to_regclass($1) AS oid) t LEFT JOIN pg_class c ON c.oid = t.oid
 """
 

@@ -21,7 +21,7 @@ from sidecar.record import FIELDS
 from sidecar.stores import postgres_fleet, postgres_gaps
 from sidecar.stores.base import Check
 from sidecar.stores.identifiers import quoted, suffixed
-from sidecar.stores.postgres_connections import Connection, Connections, Link, unique_on_log_id
+from sidecar.stores.postgres_connections import Connection, Connections, Link, unique_on
 
 _LOCK: Final = 0x5349_4445_4341_5200  # "SIDECAR\0": one creation at a time per database
 _TURN_SECONDS: Final = 0.05  # between two questions whose turn it is
@@ -266,7 +266,8 @@ async def _check_rights(connection: Connection, relation: str) -> Sequence[Check
 
 
 async def _check_keys(connection: Connection, schema: str, table: str) -> Sequence[Check]:
-    unique = await connection.fetchval(f"SELECT {unique_on_log_id('to_regclass($1)')}", quoted(schema, table))
+    unique_key = unique_on("to_regclass($1)", "'log_id'")
+    unique = await connection.fetchval(f"SELECT {unique_key}", quoted(schema, table))
     there = await _indexes(connection, schema, table)
     checks = [Check("postgres.key", unique, "unique" if unique else "not unique", "a unique index on log_id alone")]
     for index in INDEXES:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sidecar import config_checks, settings
 from sidecar.config_appsettings import PATHS
-from sidecar.config_values import FIELDS, Field, show
+from sidecar.config_values import FIELDS, Field, show, value_at
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "CONFIGURATION.md"
 
@@ -94,7 +94,7 @@ def page() -> str:
     current = None
     for path, field in FIELDS.items():
         section, _, name = path.rpartition(".")
-        cls = type(getattr(settings.Settings(), section)) if section else settings.Settings
+        cls = type(value_at(settings.Settings(), section)) if section else settings.Settings
         if section != current:
             current = section
             title = f"`{section}`" if section else "Top level"

@@ -12,13 +12,15 @@ from sidecar.clock import SystemClock
 from sidecar.errors import ConfigError, RetryClass, StoreError
 from sidecar.record import LogRecord
 from sidecar.stores.base import ByApplication, ByCorrelation, ByService, CountQuery, ErrorsOn
-from sidecar.stores.postgres import PostgresStore, Statements
+from sidecar.stores.postgres import PostgresStore
+from sidecar.stores.postgres_mapping import table_mapping
+from sidecar.stores.postgres_statements import Statements
 from tests.parts.postgres import connect
 from tests.parts.postgres_relay import Relay
 from tests.stores.records import BASE, DAY, log_id, record, records
 
 TABLE = "integration_logs"
-_SQL = Statements(f'"public"."{TABLE}"')
+_SQL = Statements(table_mapping(settings.Postgres()))
 
 
 async def commands(admin: asyncpg.Connection, what: str) -> int:
