@@ -148,6 +148,19 @@ async def test_the_trail_keeps_every_line_once_newest_first(store: FleetStore) -
     assert list(await store.audits(1)) == [done]
 
 
+async def test_the_trail_is_in_the_order_of_what_happened_whatever_the_ids(store: FleetStore) -> None:
+    """Several changes of one epoch, then of the next: the newest lines come first, also where few are asked for."""
+    plan = [(1, "z"), (1, "m"), (1, "a"), (2, "k"), (2, "b")]
+    lines = [
+        AuditEntry(id=name, outcome="done", action="wish", by="a", why="w", at_us=10 + n, epoch=epoch)
+        for n, (epoch, name) in enumerate(plan)
+    ]
+    for line in lines:
+        await store.append_audit(line)
+    for limit in range(1, 6):
+        assert list(await store.audits(limit)) == lines[::-1][:limit]
+
+
 async def test_gap_lines_merge_by_the_larger_count(store: FleetStore) -> None:
     """Repeated and late lines change nothing, and closing what was seen does not hide what was opened since."""
     line = GapLine(store=DYNAMODB, kind="not_owed", hour=7, source="a", opened=5)
