@@ -13,11 +13,9 @@ let next = null;
 let chosen = null; // {select, what} while the dialog is open
 let opener = null;
 let afterwards = () => {};
-let say = () => {};
 
-export function startLetters({ refresh, announce }) {
+export function startLetters(refresh) {
   afterwards = refresh;
-  say = announce;
   byId("show").addEventListener("submit", (event) => {
     event.preventDefault();
     list(false);
@@ -50,7 +48,7 @@ export function letters(groups, control) {
   );
   show(byId("dead-none"), held.length === 0);
   show(byId("show"), held.length > 0 && control);
-  if (held.length === 0 && asked) clear();
+  if (held.length === 0 && !chosen) clear(); // nothing is left that a token would be for
 }
 
 function action(store, kind, n, control) {
@@ -64,9 +62,11 @@ function action(store, kind, n, control) {
   };
 }
 
-async function list(more) {
+const say = (text) => put(byId("letters-said"), text); // role=status: seen and heard
+
+async function list(more, quiet = false) {
   const token = byId("token").value.trim();
-  put(byId("show-error"), " ");
+  byId("show-error").textContent = "";
   if (!sendable(token)) return put(byId("show-error"), "A token is needed: visible ASCII characters.");
   const after = more && next ? `&after=${next}` : "";
   const answer = await ask(`api/control/dead-letters?limit=${PAGE}${after}`, { token });
@@ -76,7 +76,7 @@ async function list(more) {
   next = answer.body.next_after;
   asked = true;
   draw();
-  say(`${count(listed.length)} dead letters listed`);
+  if (!quiet) say(`${count(listed.length)} listed.`);
 }
 
 function draw() {
@@ -112,7 +112,7 @@ function open(what, event) {
   chosen = what;
   opener = event.currentTarget;
   put(byId("confirm-what"), `${chosen.what} It is handed to delivery again at once; if the store refuses it again, it comes back here.`);
-  put(byId("confirm-error"), " ");
+  byId("confirm-error").textContent = "";
   byId("confirm-token").value = byId("token").value;
   byId("confirm-reason").value = "";
   byId("confirm").showModal();
@@ -122,7 +122,7 @@ function open(what, event) {
 async function redrive() {
   const token = byId("confirm-token").value.trim();
   const reason = byId("confirm-reason").value.trim();
-  put(byId("confirm-error"), " ");
+  byId("confirm-error").textContent = "";
   if (!sendable(token)) return put(byId("confirm-error"), "A token is needed: visible ASCII characters.");
   if (!reason) return put(byId("confirm-error"), "A reason is needed: the audit trail keeps it.");
   const button = byId("confirm-form").querySelector("button[type=submit]");
@@ -133,19 +133,19 @@ async function redrive() {
   if (!answer.ok) return put(byId("confirm-error"), `Not done: ${answer.error}`);
   byId("token").value = token;
   byId("confirm").close();
-  say(`${count(answer.body.records)} dead letters were handed to delivery again`);
-  if (asked) await list(false);
+  say(`${count(answer.body.records)} handed to delivery again.`);
+  if (asked) await list(false, true);
   afterwards();
 }
 
 function forget() {
-  byId("token").value = "";
-  byId("confirm-token").value = "";
   clear();
-  say("The token is forgotten");
+  say("The token is forgotten.");
 }
 
 function clear() {
+  byId("token").value = "";
+  byId("confirm-token").value = "";
   listed = [];
   asked = false;
   next = null;

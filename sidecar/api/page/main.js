@@ -127,7 +127,7 @@ byId("hold").addEventListener("click", () => {
   else refresh();
 });
 document.addEventListener("visibilitychange", () => document.hidden || refresh());
-startLetters({ refresh, announce });
+startLetters(refresh);
 
 for (;;) {
   try {

@@ -1,9 +1,10 @@
-// Small plots of the last five minutes, drawn from the account as this page has seen it: nothing is stored elsewhere.
+// Small plots of the last minutes, five at most, drawn from the account as this page has seen it: nothing is stored elsewhere.
 // Lines differ in dash as well as in colour, and each plot says its figures in words.
 
 import { age, count, put, rate } from "./dom.js";
 
-const SPAN = 300_000; // milliseconds
+const SPAN = 300_000; // milliseconds; the least is a minute, so that a page just opened shows more than a dot
+const LEAST = 60_000;
 const GAP = 15_000; // longer between two samples: the page was asleep or the sidecar away; the line breaks
 const WIDTH = 300;
 const HEIGHT = 80;
@@ -80,6 +81,8 @@ function draw(made, each, names, now) {
   const lines = names.map((name) => drawn.get(each.id + name) || []);
   const peak = Math.max(0, ...lines.flat().map(([, value]) => (Number.isNaN(value) ? 0 : value)));
   const top = peak || 1;
+  const first = Math.min(now, ...lines.filter((line) => line.length).map((line) => line[0][0]));
+  const span = Math.max(LEAST, now - first);
   const keys = made.querySelectorAll(".key");
   const told = [];
   names.forEach((name, number) => {
@@ -87,15 +90,15 @@ function draw(made, each, names, now) {
     const words = `${name} ${each.words(newest ? newest[1] : NaN)}`;
     put(keys[number], words);
     told.push(words);
-    made.querySelectorAll("path")[number].setAttribute("d", stroke(lines[number], now, top));
+    made.querySelectorAll("path")[number].setAttribute("d", stroke(lines[number], now, span, top));
   });
-  const most = `peak ${each.words(peak)} in 5 min`;
+  const most = `peak ${each.words(peak)} in ${age(span / 1000)}`;
   put(made.querySelector(".muted"), most);
   made.querySelector("svg").setAttribute("aria-label", `${each.title}: ${told.join(", ")}; ${most}`);
 }
 
 // One path; a value of NaN lifts the pen.
-function stroke(line, now, top) {
+function stroke(line, now, span, top) {
   let pen = "M";
   let d = "";
   for (const [at, value] of line) {
@@ -103,7 +106,7 @@ function stroke(line, now, top) {
       pen = "M";
       continue;
     }
-    const x = WIDTH - ((now - at) / SPAN) * WIDTH;
+    const x = WIDTH - ((now - at) / span) * WIDTH;
     const y = HEIGHT - 2 - (value / top) * (HEIGHT - 6);
     d += `${pen}${x.toFixed(1)},${y.toFixed(1)}`;
     pen = "L";

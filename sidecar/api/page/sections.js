@@ -191,7 +191,7 @@ export function attention(status, lost, failed) {
     const last = now.history.at(-1);
     if (last?.forced) add("warn", `The last step was forced by ${last.by}: ${last.why || "no reason given"}.`);
     const dead = Object.values(spool.dead_letters).reduce((sum, n) => sum + n, 0);
-    if (dead) add("warn", `${count(dead)} dead letters wait for a decision.`);
+    if (dead) add("warn", `Dead letters that wait for a decision: ${count(dead)}.`);
     if (!file.last_reload_successful) add("bad", "The configuration file was refused; the last good one is in force.");
     if (file.restart_required.length) add("warn", `Changed settings wait for a restart: ${file.restart_required.join(", ")}.`);
     for (const text of failed) add("warn", text);
