@@ -57,8 +57,11 @@ OBSERVATIONS: Mapping[str, Observation] = {
         "gauge", "Records that a store was not given, as the gap ledgers were read last.", ("store", "kind")
     ),
     "phase": Observation("gauge", "1 for the phase that is applied.", ("phase",)),
-    "desired_phase": Observation("gauge", "1 for the phase that the configuration asks for.", ("phase",)),
+    "desired_phase": Observation("gauge", "1 for the phase that is asked for.", ("phase",)),
     "phase_epoch": Observation("gauge", "Epoch of the applied phase."),
+    "phase_held": Observation("gauge", "1 for each gate that stops a phase change now.", ("gate",)),
+    "fleet_fenced": Observation("gauge", "1 while this instance has lost touch with the fleet."),
+    "fleet_instances": Observation("gauge", "Instances as the fleet's leader sees them.", ("phase", "state")),
     "config_last_reload_successful": Observation("gauge", "1 if the configuration file is the one in force."),
     "config_last_reload_success_timestamp_seconds": Observation("gauge", "When a configuration last came into force."),
     "config_info": Observation("gauge", "1; labelled with the content hash of the configuration.", ("hash",)),

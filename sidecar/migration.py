@@ -32,9 +32,10 @@ ONE STEP, in this order, and what a crash or a failure at each stage leaves:
 Wishes are serialised; a caller who goes away (a closed connection) does not interrupt a step.
 
 TO EXTEND: gates are objects handed in (:class:`Gate`), each naming the steps that it guards, so that no gate compares
-phases; a red one is looked at again by :meth:`PhaseSwitch.reconsider`, which is level-triggered. A fleet's controller
-decides between stages 1 and 2 instead of this instance: it advances the fleet record when the gates are green, and
-calls :meth:`PhaseSwitch.desire` on every instance with the record's phase and epoch; the stages from 2 on stay.
+phases; a red one is looked at again by :meth:`PhaseSwitch.reconsider`, which is level-triggered. In a fleet others
+decide: its controller advances the fleet record when the gates are green, and every instance calls
+:meth:`PhaseSwitch.follow` with it: the stages from 2 on, in one step whatever the distance, because an instance that
+was away passes over what the others have walked.
 """
 
 import asyncio
@@ -186,8 +187,11 @@ class PhaseSwitch:
         recorder: Callable[[Transition], Awaitable[object]] = _record_nothing,
         on_transition: Sequence[Callable[[Transition], None]] = (),
         on_hold: Sequence[Callable[[Hold | None], None]] = (),
+        stay: bool = False,
     ) -> Self:
         """The switch as the memory says, or as desired where the memory is empty; then apply what is desired.
+
+        ``stay``: what the memory says stays in force: others than the configuration decide.
 
         Raises:
             SpoolRefused: the memory holds something that this version cannot read.
@@ -222,7 +226,8 @@ class PhaseSwitch:
         await switch._strengthen_for(switch.policy)
         if first is not None:
             await switch._tell(first)
-        await switch.desire(desired.phase, desired.epoch, desired.force, desired.by)
+        wish = switch.desired if stay else desired
+        await switch.desire(wish.phase, wish.epoch, wish.force, wish.by)
         return switch
 
     async def desire(
@@ -234,6 +239,32 @@ class PhaseSwitch:
             SpoolFailed: the disk failed; the applied phase is known again after the next start.
         """
         return await self._in_turn(Desired(phase, epoch, force, by))
+
+    async def follow(self, phase: Phase, *, epoch: int | None, by: str, why: str, forced: bool = False) -> None:
+        """Apply what a fleet decided: no rule and no gate, any distance. Raises Busy, SpoolFailed: call it again."""
+        async with self._turn:
+            await self._finish()
+            self.desired = Desired(phase, epoch, None, by)
+            self._held(None)
+            if self.applied.phase != phase:
+                source = self.applied.phase
+                await self._step(
+                    Transition(
+                        source=source,
+                        target=phase,
+                        epoch=epoch,
+                        by=by,
+                        why=why,
+                        at_us=self._clock.now_us(),
+                        forced=forced,
+                    )
+                )
+            elif self.applied.epoch != epoch:
+                await self._remember(msgspec.structs.replace(self.applied, epoch=epoch))
+
+    async def findings(self, target: Phase) -> tuple[GateResult, ...]:
+        """What the gates of the step from the applied phase to ``target`` say now; nothing is changed."""
+        return await self._evaluate(self.applied.phase, target)
 
     async def reconsider(self) -> Hold | None:
         """Try the last wish again where it is held; cheap where nothing is. Raises as :meth:`desire` does."""

@@ -31,7 +31,7 @@ import logging
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -126,15 +126,18 @@ class Overflow:
         options: settings.Spool,
         instance: str,
         clock: Clock,
+        releasable: Callable[[], Container[StoreName]] = lambda: STORES,
     ) -> None:
         """Join the parts.
 
-        ``policy`` is the phase in force, ``delivering`` says whether a store takes records now, ``options`` give cap
-        and watermarks, ``instance`` is this one's name.
+        ``releasable`` says whose backlog may go at this instant; asked before the ledger is written and again before
+        the release. ``policy`` is the phase in force, ``delivering`` whether a store takes records now, ``options``
+        give cap and watermarks, ``instance`` is this one's name.
         """
         self._spool = spool
         self._ledgers = ledgers
         self._policy = policy
+        self._releasable = releasable
         self._delivering = delivering
         self._instance = instance
         self._clock = clock
@@ -224,7 +227,7 @@ class Overflow:
         """One plan of any store; records released. Raises StoreError: the ledger did not take it, nothing went."""
         for store in STORES:
             keeper = min(self._policy().required - {store}, default=None)
-            if keeper is None:
+            if keeper is None or store not in self._releasable():
                 continue
             plan = await self._spool.release_candidates(store, self._plan_bytes)
             if plan is not None and self._spool.reserve(plan):  # else the store has just taken some of it
@@ -245,6 +248,8 @@ class Overflow:
         await self._ledgers[keeper].put_gaps(lines)
         self._report("")
         self._known[keeper] = summed([*self._known.get(keeper, ()), *lines])
+        if store not in self._releasable():  # a fleet prepares a step, or this instance lost touch with it
+            return 0
         released = await self._spool.release(plan)
         log.warning(
             "backlog released",

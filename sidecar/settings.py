@@ -218,9 +218,10 @@ class Drain(_Section, frozen=True):
 class Fleet(_Section, frozen=True):
     """How instances move together."""
 
-    enabled: bool = False  # only false in this version: each instance follows its own file
-    heartbeat: Seconds = 10.0  # how often an instance says that it is there (not used yet)
-    fence_after: Seconds = 120.0  # silent for so long, an instance stops deciding for itself (not used yet)
+    # false: this instance decides alone, for one instance and for development; more than one need true
+    enabled: bool = False
+    heartbeat: Seconds = 10.0  # how often an instance says that it is there, and looks whether a step is due
+    fence_after: Seconds = 120.0  # silent for so long, an instance stops deciding for itself: see docs/FLEET.md
 
 
 class Reload(_Section, frozen=True):
@@ -251,6 +252,8 @@ class Settings(_Section, frozen=True):
     # raise it with each change: a phase with an epoch not above the applied one is refused
     phase_epoch: Count | None = None
     phase_force: str | None = None  # a reason that overrides the gates of a phase change; recorded; never skips a step
+    # who says which phase is wanted: this file, or POST /api/migration; with api, the file's phase is that of the start
+    phase_authority: Literal["file", "api"] = "file"
     continue_on_write_failure: bool = True  # False: an owed store down for fail_closed_after makes ingest answer 503
     fail_closed_after: Seconds = 60.0  # how long an owed store may be down before that
     instance: str | None = None  # name of this instance in the fleet; None: HOSTNAME

@@ -12,7 +12,7 @@ from sidecar.metrics import Metrics
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
 from sidecar.settings import Settings
 from sidecar.settings import Spool as SpoolSettings
-from sidecar.shipper import WINDOW_BYTES, Shipper
+from sidecar.shipper import WINDOW_BYTES, Shipper, SpoolPort
 from sidecar.spool import Spool
 from sidecar.steering import Steering
 from sidecar.stores.base import Store
@@ -49,14 +49,18 @@ def build_delivery(
     *,
     clock: Clock,
     metrics: Metrics,
+    source: SpoolPort | None = None,
 ) -> Delivery:
-    """One shipper per store, not yet running; ``settings`` is asked each time, because ``retry`` may be reloaded."""
+    """One shipper per store, not yet running; ``settings`` is asked each time, because ``retry`` may be reloaded.
+
+    ``source`` is where shippers take records from, where that is not the spool itself (``sidecar.not_owed``).
+    """
     options = settings().spool
     letters = build_letters(spool, options, clock)
     shippers: dict[str, Shipper] = {
         name: Shipper(
             store,
-            spool,
+            source or spool,
             retry=lambda: settings().retry,
             dead_letters_full=partial(letters.full, name),
             clock=clock,

@@ -83,9 +83,14 @@ def observe_gaps(metrics: Metrics, overflow: Overflow) -> None:
 
 
 def observe_phase(
-    metrics: Metrics, applied: Callable[[], Phase], desired: Callable[[], Phase], epoch: Callable[[], int]
+    metrics: Metrics,
+    applied: Callable[[], Phase],
+    desired: Callable[[], Phase],
+    epoch: Callable[[], int],
+    held: Callable[[], Sequence[str]],
 ) -> None:
-    """The phase that is applied and the one that is wanted."""
+    """The phase that is applied, the one that is wanted, and the gates that stand between."""
+    metrics.observe("phase_held", lambda: [((gate,), 1.0) for gate in dict.fromkeys(held())])
     metrics.observe("phase", lambda: [((p.label,), float(applied() is p)) for p in Phase])
     metrics.observe("desired_phase", lambda: [((p.label,), float(desired() is p)) for p in Phase])
     metrics.observe("phase_epoch", lambda: [((), float(epoch()))])

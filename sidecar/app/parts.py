@@ -7,8 +7,7 @@ from sidecar.clock import Clock
 from sidecar.errors import Busy
 from sidecar.fleet_tables import KeepsFleet
 from sidecar.gaps import KeepsGaps
-from sidecar.migration import PhaseSwitch
-from sidecar.phase import StoreName
+from sidecar.phase import Policy, StoreName
 from sidecar.retry import State
 from sidecar.settings import Settings
 from sidecar.shipper import Shipper
@@ -45,12 +44,12 @@ class FailClosed:
     def __init__(
         self,
         settings: Callable[[], Settings],
-        switch: Callable[[], PhaseSwitch],
+        policy: Callable[[], Policy],
         shippers: Callable[[], dict[str, Shipper]],
         clock: Clock,
     ) -> None:
         self._settings = settings
-        self._switch = switch
+        self._policy = policy
         self._shippers = shippers
         self._clock = clock
 
@@ -60,7 +59,7 @@ class FailClosed:
         if settings.continue_on_write_failure:
             return None
         now = self._clock.monotonic()
-        for name in self._switch().policy.owed:
+        for name in self._policy().owed:
             if self._shippers()[name].pace.down_for(now) > settings.fail_closed_after:
                 return Busy(
                     "fail_closed",

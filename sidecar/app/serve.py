@@ -32,19 +32,21 @@ from sidecar.api.server import build_app, build_ops
 from sidecar.api.tokens import TokenFile
 from sidecar.app import observe
 from sidecar.app.delivery import build_delivery, build_stores
-from sidecar.app.parts import FailClosed, PendingIn, ShadowTrouble, SpoolMemory
+from sidecar.app.fleet import open_phase
+from sidecar.app.parts import FailClosed, PendingIn, ShadowTrouble
+from sidecar.app.phases import InForce
 from sidecar.app.signals import Signals
 from sidecar.app.supervise import keep_running
 from sidecar.app.warm import warm
 from sidecar.clock import Clock, SystemClock
 from sidecar.config import Loaded
 from sidecar.errors import ConfigError, SpoolFailed
-from sidecar.intake import Intake, Standing
+from sidecar.intake import Intake
 from sidecar.metrics import Metrics
-from sidecar.migration import Desired, Hold, PhaseSwitch, Transition
+from sidecar.not_owed import Accounted, NotOwed
 from sidecar.overflow import Overflow
-from sidecar.phase import STORES, StoreName
-from sidecar.reads import Reads, Shadow, always
+from sidecar.phase import STORES
+from sidecar.reads import Reads, Shadow
 from sidecar.reload import Change, Watcher, subpath_warning
 from sidecar.retry import State
 from sidecar.screening import Minter
@@ -54,7 +56,6 @@ from sidecar.spool import Spool
 
 log = logging.getLogger(__name__)
 
-_RECONSIDER: Final = 1.0  # seconds between two looks at a held phase change
 _GRACE: Final = 1.0  # seconds that answers under way have once the door is closed
 _POLL: Final = 0.05  # seconds, while draining
 _EXIT_SPOOL_FAILED: Final = 4
@@ -97,13 +98,14 @@ class _Sidecar:
         self._metrics = Metrics(CollectorRegistry())
         self._stores = build_stores(loaded.settings, clock)
         self._shippers: dict[str, Shipper] = {}
-        self._closed = FailClosed(lambda: self._settings, lambda: self._switch, lambda: self._shippers, clock)
+        self._closed = FailClosed(lambda: self._settings, lambda: self._phase.policy, lambda: self._shippers, clock)
         self._tasks: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
         self._failure: SpoolFailed | None = None
         self._ready = False
         self._spool: Spool
-        self._switch: PhaseSwitch
+        self._phase: InForce
+        self._not_owed: NotOwed
         self._overflow: Overflow
         self._intake: Intake
         self._reads: Reads
@@ -144,7 +146,15 @@ class _Sidecar:
         self._metrics.observe("undelivered_at_exit", lambda: [((s,), float(counts.get(s, 0))) for s in STORES])
 
     async def _serve(self) -> int:
-        await self._open_phase()
+        self._phase, self._not_owed = await open_phase(
+            self._spool,
+            self._stores,
+            lambda: self._settings,
+            instance=self._instance(),
+            metrics=self._metrics,
+            clock=self._clock,
+            open_gaps=lambda: self._overflow.open_gaps(),  # noqa: PLW0108  (made after the phase is known)
+        )
         self._build_delivery()
         self._intake = self._build_intake()
         self._build_reads()
@@ -154,15 +164,17 @@ class _Sidecar:
         listener = Listener(app, self._settings.listen.app, self._settings.listen)
         for name, shipper in self._shippers.items():
             self._spawn(keep_running(name, shipper.run, clock=self._clock, died=self._died))
-        for name, part in (("overflow", self._overflow.run), ("gap ledgers", self._overflow.watch)):
+        await self._phase.start()
+        overflow = (("overflow", self._overflow.run), ("gap ledgers", self._overflow.watch))
+        for name, part in (*overflow, *self._phase.tasks()):
             self._spawn(keep_running(name, part, clock=self._clock, died=lambda _name: None))
         self._spawn(keep_running("shadow reads", self._shadow.run, clock=self._clock, died=lambda _name: None))
         await listener.start()
         try:
             self._watch()
             self._ready = True
-            self._spawn(warm([self._stores[name] for name in STORES if name in self._switch.policy.owed]))
-            log.info("ready", extra={"phase": self._switch.policy.phase.label, "app": self._settings.listen.app})
+            self._spawn(warm([self._stores[name] for name in STORES if name in self._phase.policy.owed]))
+            log.info("ready", extra={"phase": self._phase.policy.phase.label, "app": self._settings.listen.app})
             with Signals(self._stop, self._watcher):
                 await self._stop.wait()
             await self._drain()
@@ -174,33 +186,22 @@ class _Sidecar:
             await listener.stop(_GRACE)
         return await self._leave()
 
-    async def _open_phase(self) -> None:
-        settings = self._settings
-        self._switch = await PhaseSwitch.open(
-            SpoolMemory(self._spool),
-            Desired(settings.phase, settings.phase_epoch, settings.phase_force),
-            strengthen=self._strengthen,
-            clock=self._clock,
-            recorder=self._record,
-            on_hold=(self._held,),
-        )
-        observe.observe_phase(
-            self._metrics,
-            lambda: self._switch.policy.phase,
-            lambda: self._switch.desired.phase,
-            lambda: self._switch.applied.epoch or 0,
-        )
-
     def _build_delivery(self) -> None:
         self._delivery = build_delivery(
-            self._stores, self._spool, lambda: self._settings, clock=self._clock, metrics=self._metrics
+            self._stores,
+            self._spool,
+            lambda: self._settings,
+            clock=self._clock,
+            metrics=self._metrics,
+            source=Accounted(self._not_owed),
         )
         self._shippers.update(self._delivery.shippers)
         self._delivery.steering.restore()
         self._overflow = Overflow(
             self._spool,
             ledgers={name: store.gap_ledger for name, store in self._stores.items()},
-            policy=lambda: self._switch.policy,
+            policy=lambda: self._phase.policy,
+            releasable=lambda: self._phase.releasable,
             delivering=lambda name: self._shippers[name].status().state in (State.UP, State.THROTTLED),
             options=self._settings.spool,
             instance=self._instance(),
@@ -213,7 +214,8 @@ class _Sidecar:
     def _build_intake(self) -> Intake:
         intake = Intake(
             spool=self._spool,
-            standing=lambda: Standing(self._switch.policy),
+            standing=self._phase.standing,
+            hold=self._phase.hold,
             settings=lambda: self._settings,
             dedup=self._settings.dedup,
             minter=Minter(self._clock, os.urandom),
@@ -229,7 +231,7 @@ class _Sidecar:
         self._shadow = Shadow(
             self._stores,
             lambda: self._settings,
-            lambda: self._switch.policy,
+            lambda: self._phase.policy,
             trouble=ShadowTrouble(lambda: self._settings, self._spool, self._shippers, self._clock),
             owed=PendingIn(self._spool),
             gap=self._overflow.lacks,
@@ -239,7 +241,7 @@ class _Sidecar:
         )
         self._reads = Reads(
             self._stores,
-            always(lambda: self._switch.policy),
+            self._phase.use,
             lambda: self._settings,
             owed=lambda store: self._spool.counters(store).pending,
             clock=self._clock,
@@ -280,7 +282,6 @@ class _Sidecar:
         metrics.observe("config_last_reload_success_timestamp_seconds", lambda: [((), watcher.last_success_us / 1e6)])
         metrics.observe("config_info", lambda: [((watcher.current.digest,), 1.0)])
         self._spawn(watcher.run())
-        self._spawn(self._switch.run(_RECONSIDER))
 
     def _spawn(self, what: "asyncio._CoroutineLike[None]") -> None:
         task = asyncio.get_running_loop().create_task(what)
@@ -305,33 +306,6 @@ class _Sidecar:
         self._ready = False
         self._stop.set()
 
-    async def _strengthen(self, store: StoreName) -> None:
-        await self._spool.strengthen(store)
-
-    async def _record(self, transition: Transition) -> None:
-        source = "none" if transition.source is None else transition.source.label
-        self._metrics.phase_transitions.labels(source, transition.target.label, str(transition.forced).lower()).inc()
-        log.warning(
-            "phase changed",
-            extra={
-                "from": source,
-                "to": transition.target.label,
-                "by": transition.by,
-                "why": transition.why,
-                "forced": transition.forced,
-            },
-        )
-        await self._spool.audit(transition.by, f"phase {source} -> {transition.target.label}", transition.why)
-
-    def _held(self, hold: Hold | None) -> None:
-        if hold is None:
-            log.info("phase change no longer held")
-        else:
-            log.warning(
-                "phase change held",
-                extra={"gate": hold.gate, "observed": hold.observed, "required": hold.required},
-            )
-
     async def _changed(self, change: Change) -> None:
         self._settings = change.loaded.settings
         logging.getLogger().setLevel(self._settings.logging.level.upper())
@@ -341,8 +315,7 @@ class _Sidecar:
         )
         for shipper in self._shippers.values():
             shipper.wake()
-        settings = self._settings
-        await self._switch.desire(settings.phase, settings.phase_epoch, settings.phase_force)
+        await self._phase.configured()
 
     def _refused(self, error: ConfigError) -> None:
         self._metrics.config_reload_failures.inc()
@@ -363,25 +336,17 @@ class _Sidecar:
             return {"ready": False, "reasons": self._readiness().reasons}
         return {
             "ready": True,
-            "phase": self._switch.policy.phase.label,
+            "phase": self._phase.policy.phase.label,
             "stores": {name: shipper.status().state.value for name, shipper in self._shippers.items()},
             "pending": {name: self._spool.counters(name).pending for name in STORES},
             "accepting": self._spool.state().accepting,
         }
 
     def _status(self) -> Mapping[str, object]:
-        switch, watcher = self._switch, self._watcher
+        watcher = self._watcher
         return {
             "instance": self._instance(),
-            "phase": {
-                "applied": switch.policy.phase.label,
-                "description": switch.policy.description,
-                "flags": switch.policy.flags,
-                "desired": switch.desired.phase.label,
-                "epoch": switch.applied.epoch,
-                "hold": switch.hold,
-                "history": switch.applied.history[-10:],
-            },
+            "phase": {**self._phase.status(), "gap_ledger_trouble": self._not_owed.trouble},
             "stores": observe.delivery_status(self._spool, self._shippers, self._clock),
             "orders": self._delivery.steering.status(),
             "spool": observe.spool_status(self._spool),
@@ -422,6 +387,7 @@ class _Sidecar:
         """The last line: what is left, by store."""
         if self._failure is not None:
             return _EXIT_SPOOL_FAILED
+        await self._phase.leave()
         left = {name: self._spool.counters(name).pending for name in STORES}
         await self._spool.set_meta("undelivered_at_exit", ",".join(f"{s}={n}" for s, n in left.items()))
         log.info("stopped", extra={f"undelivered_{name}": n for name, n in left.items()})

@@ -10,13 +10,15 @@ STAGES, and what a failure at each leaves behind
    is a duplicate, without a second effect; other content is refused, the first wins. A duplicate of a record that is
    still on its way to disk waits for that commit, and stands in its place if it fails.
 4. ``spool.append``: one call, one commit, all the records of the request (P1). ``Busy`` or ``SpoolFailed``: nothing of
-   the request is stored, the window does not learn of it.
+   the request is stored, the window does not learn of it. In a fleet the stamp is held until the commit is over
+   (``Hold``); if this instance has lost touch meanwhile, the records are appended once more, undecided, before anybody
+   is answered: a second delivery has no effect, a record that the fleet's phase does not look for would be lost to it.
 5. Waiting for the stores, if the client prefers: the records are durable whatever comes of it.
 
 The policy is read once per request, at 4, so that all its records are owed to the same stores.
 """
 
-from sidecar.intake.door import Intake, Outcome, SpoolDoor, Standing
+from sidecar.intake.door import Firm, Hold, Intake, Outcome, SpoolDoor, Standing
 from sidecar.intake.window import DedupWindow
 
-__all__ = ["DedupWindow", "Intake", "Outcome", "SpoolDoor", "Standing"]
+__all__ = ["DedupWindow", "Firm", "Hold", "Intake", "Outcome", "SpoolDoor", "Standing"]

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
@@ -81,6 +82,28 @@ class Standing:
         )
 
 
+class Hold(Protocol):
+    """A request's hold on the standing that its records are stamped by, from the stamp to the commit."""
+
+    @property
+    def standing(self) -> Standing:
+        """As it was when the hold began."""
+        ...
+
+    @property
+    def valid(self) -> bool:
+        """False where it may have been outdated before the commit was over (``sidecar.fleet.Use``)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Firm:
+    """The hold of an instance that decides its phase alone: it is always valid."""
+
+    standing: Standing
+    valid: bool = True
+
+
 @dataclass(slots=True)
 class Outcome:
     """What became of a request. ``log_ids`` has one entry per record of the input, None where it was refused.
@@ -118,14 +141,17 @@ class Intake:
         make_room: Callable[[Busy], Awaitable[bool]] = _no_room,
         dedup: Dedup,
         column_limits: Mapping[str, int] | None = None,
+        hold: Callable[[], AbstractContextManager[Hold]] | None = None,
     ) -> None:
         """Join the parts.
 
+        ``hold`` begins a request's hold on the standing; None: an instance without a fleet, whose standing is firm.
         ``closed`` says why nothing is accepted now (fail-closed); ``make_room`` whether to try again after a push-back
         of the spool, because there is room now; ``column_limits`` an adopted table's widths.
         """
         self._spool = spool
         self._standing = standing
+        self._hold = hold or (lambda: nullcontext(Firm(standing())))
         self._settings = settings
         self._clock = clock
         self._metrics = metrics
@@ -208,12 +234,17 @@ class Intake:
             return None
         deadline = self._clock.monotonic() + _ROOM_SECONDS
         while True:
-            # Taken in the tick in which the spool gets the records: a phase change strengthens all that came before it.
-            standing = self._standing()
-            outcome.policy = standing.policy
-            obligation = self._obligation(standing)
             try:
-                receipt = await self._spool.append(screened.records, screened.encoded, obligation, seen)
+                # Taken in the tick in which the spool gets the records: a phase change makes good all that came before.
+                with self._hold() as hold:
+                    standing = hold.standing
+                    outcome.policy = standing.policy
+                    receipt = await self._spool.append(
+                        screened.records, screened.encoded, self._obligation(standing), seen
+                    )
+                    if not hold.valid:  # the fleet may have gone on without us: owe them to whom it says, too
+                        undecided = Standing(standing.policy, fenced=True).obligation
+                        receipt = await self._spool.append(screened.records, screened.encoded, undecided)
             except Busy as busy:
                 if self._clock.monotonic() < deadline and await self._make_room(busy):
                     self.check_open()

@@ -25,7 +25,6 @@ PLANNED = {
     "divergence_at_rest_records",
     "validation_last_success_timestamp_seconds",
     "validation_last_clean_timestamp_seconds",
-    "fleet_instances",
 }
 
 
