@@ -33,8 +33,9 @@ ci-faults: $(STAMP)  ## what needs root: full disks and the like
 	$(BIN)/pytest -m root tests
 
 ci-integration: $(STAMP)  ## the rollout, with the field's real tools; root
-	@PYTHON='$(PYTHON)' .ci/venv '$(VENV)' '.[k8s]'
+	@PYTHON='$(PYTHON)' .ci/venv '$(VENV)' '.[k8s,page]'
 	PYTHON=$(PYTHON) tests/integration/k8s/install
+	tests/integration/page/install
 	$(BIN)/pytest tests/integration $(INTEGRATION)
 
 bench: $(STAMP)  ## the sidecar beside the naive baselines (BENCH="--quick")
