@@ -180,17 +180,6 @@ def _fence(s: Settings) -> None:
         )
 
 
-def _fleet(s: Settings) -> None:
-    """`fleet.enabled` is false: no part of this version moves a fleet, and a setting must not promise it."""
-    if s.fleet.enabled:
-        raise ConfigError(
-            "fleet.enabled",
-            seen=True,
-            allowed="false: this version's instances each follow their own configuration file",
-            hint="remove it, and step phases as docs/RUNBOOK.md says: one at a time, each seen on every pod",
-        )
-
-
 def _listeners(s: Settings) -> None:
     """`listen.app` and `listen.ops` are different addresses: host:port, [v6]:port or unix:/path."""
     for name, value in (("listen.app", s.listen.app), ("listen.ops", s.listen.ops)):
@@ -326,7 +315,6 @@ CHECKS: Final[Sequence[Callable[[Settings], None]]] = (
     _back_off,
     _drain,
     _fence,
-    _fleet,
     _listeners,
     _postgres_names,
     _adopted,

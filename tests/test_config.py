@@ -318,7 +318,6 @@ CONTRADICTIONS = {
     "retry.delay ": "retry: {delay: 0}",
     "drain.stop_accepting_before": "drain: {stop_accepting_before: 26s}",
     "fleet.fence_after": "fleet: {fence_after: 29s}",
-    "fleet.enabled": "fleet: {enabled: true}",
     "listen.app": "listen: {app: '8080'}",
     "listen.app ": "listen: {app: 'localhost:65536'}",
     "listen.app  ": "listen: {app: '::1:80'}",
