@@ -6,7 +6,7 @@ not grow with the backlog. What a step says is true for one commit; from step to
 """
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 from zlib import crc32
@@ -22,6 +22,13 @@ _HEADERS: Final = 1_000  # looked at in one step
 _BODIES: Final = 1024 * 1024  # bytes of bodies read in one step, about; one frame at least
 _LEFT: Final = 32  # leftovers with their bodies in one step: at most 11 MiB
 _KEYS: Final = 500  # ids looked up in one query
+_ID: Final = 16  # bytes
+_STATES: Final[Mapping[int, Fate]] = {
+    schema.DEFERRED: "deferred",
+    schema.DEAD: "dead_lettered",
+    schema.DISCARDED: "discarded",
+    schema.QUARANTINED: "quarantined",
+}
 OPEN: Final = frozenset({"pending", "deferred"})
 """Fates of a record that a store is still owed."""
 
@@ -139,16 +146,10 @@ def _of_frame(
 
 
 def _left_of(connection: sqlite3.Connection, seq: int) -> dict[int, dict[str, Fate]]:
-    states: dict[int, Fate] = {
-        schema.DEFERRED: "deferred",
-        schema.DEAD: "dead_lettered",
-        schema.DISCARDED: "discarded",
-        schema.QUARANTINED: "quarantined",
-    }
     found: dict[int, dict[str, Fate]] = {}
     rows = connection.execute("SELECT idx, store, state FROM leftovers WHERE seq = ?", (seq,)).fetchall()
     for index, store, state in rows:
-        found.setdefault(index, {})[store] = states[state]
+        found.setdefault(index, {})[store] = _STATES[state]
     return found
 
 
@@ -218,3 +219,49 @@ def letter_keys(connection: sqlite3.Connection, log_ids: Sequence[str], store: s
             part.append(store)
         keys += [key for (key,) in connection.execute(query, part).fetchall()]
     return sorted(keys)
+
+
+class Sought(NamedTuple):
+    """What one store has of one sought record, as a frame or a leftover says; ``retry_class`` of a leftover."""
+
+    log_id: bytes
+    store: str
+    fate: Fate
+    retry_class: str = ""
+
+
+def sought(
+    connection: sqlite3.Connection, at: Position, log_ids: frozenset[bytes]
+) -> tuple[list[Sought], Position | None]:
+    """Fates of those of ``log_ids`` (16 bytes each) that frames still owed to somebody, or leftovers, know of.
+
+    What a leftover says of a record and store is newer than what its frame says: take the last one. Undecided records
+    are pending at every store. A record that has left is not found: nothing is said of it.
+    """
+    if at.part == 1:
+        return _sought_leftovers(connection, sorted(log_ids)), None
+    ledger = _book(connection)
+    found: list[Sought] = []
+    headers = _headers(connection, at.after)
+    for stored in headers:
+        if not stored.sound:
+            continue
+        header = ledger.effective(stored)
+        undecided = bool(header.flags & UNRESOLVED)
+        pending = frozenset(ledger.accounts) if undecided else ledger.names(header.owed & ~ledger.settled(header))
+        if pending:
+            ids = {header.ids[i : i + _ID] for i in range(0, _ID * header.n, _ID)}
+            found += [Sought(log_id, store, "pending") for log_id in ids & log_ids for store in pending]
+    return found, Position(0, headers[-1].seq) if len(headers) == _HEADERS else Position(1, 0)
+
+
+def _sought_leftovers(connection: sqlite3.Connection, log_ids: Sequence[bytes]) -> list[Sought]:
+    found: list[Sought] = []
+    for start in range(0, len(log_ids), _KEYS):
+        part = log_ids[start : start + _KEYS]
+        query = (
+            f"SELECT log_id, store, state, retry_class FROM leftovers WHERE log_id IN ({', '.join('?' * len(part))})"
+        )
+        rows = connection.execute(f"{query} ORDER BY key", part).fetchall()
+        found += [Sought(log_id, store, _STATES[state], kind) for log_id, store, state, kind in rows]
+    return found

@@ -53,6 +53,7 @@ from sidecar.stores.dynamodb_parallel import all_or_first_error
 from sidecar.stores.dynamodb_queries import Queries
 from sidecar.stores.dynamodb_scan import Enumeration
 from sidecar.stores.dynamodb_shards import ShardSchedule
+from sidecar.stores.dynamodb_verdicts import DynamoDBVerdicts
 from sidecar.stores.dynamodb_wire import Wire
 
 MAX_BATCH_ITEMS: Final = 25
@@ -118,6 +119,7 @@ class DynamoDBStore:
         self._clock = clock
         self.wire = Wire(options, clock=clock)
         self.gap_ledger = DynamoDBGaps(self.wire, options)
+        self.verdicts = DynamoDBVerdicts(self.wire, options)
         self.fleet = DynamoDBFleet(self.wire, self.gap_ledger, options, clock=clock)
         self._shards = ShardSchedule(self.wire, options, clock=clock)
         self._pages = Pages(self.wire, options, clock=clock)

@@ -1,0 +1,239 @@
+"""From candidates to differences: each is looked at again, strongly consistent, and whatever explains it is asked.
+
+ORDER, and why a record in motion is never called missing:
+
+1. *settle*: wait until every sidecar that can be asked has settled what it had accepted by now. Every candidate was
+   read from a store, so it was accepted before.
+2. *fates*: what the sidecars know of each candidate. Before the stores are read: a record that is settled by then must
+   be found by the read that follows; one that is not is in flight whatever the read says.
+3. *read*: both stores by id. Equal, or gone from both: no difference. An id that stands under another log_timestamp in
+   the other store is found here: one field_mismatch at PostgreSQL's time, not one missing and one extra.
+4. *again*: where not every sidecar could be asked, a difference that nothing explains is looked at until it has lasted
+   ``settle`` seconds since it was read; and one of a record younger than ``young`` seconds is in flight.
+5. *gaps*: read last, because a gap is written before its records are given up. At most as many records of an hour are
+   explained as the ledger says are missing in it; what is more than that is missing.
+
+A failure of any of these is a failure of the run: an error is never an explanation.
+"""
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from sidecar.clock import Clock
+from sidecar.consistency.types import DIVERGENT, MISSING, Candidate, Difference, Reason, Settled, Window
+from sidecar.gaps import GapLine, summed
+from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
+from sidecar.record import LogRecord, digest
+from sidecar.screening.identity import version7_time
+from sidecar.stores.base import Store
+
+HOUR_US: Final = 3_600_000_000
+_AT_ONCE: Final = 8  # records read at a time
+_TASKS: Final = 256  # waiting for their turn to be read
+_PAUSE: Final = 1.0  # seconds between two looks at what does not go away
+_COMPUTED: Final = re.compile("51deca70-[0-9a-f]{4}-8000-.*")  # ids computed from rows that no sidecar wrote
+
+_OF_FATE: Final[Mapping[str, Reason]] = {
+    "pending": Reason.IN_FLIGHT,
+    "deferred": Reason.IN_FLIGHT,
+    "dead_lettered": Reason.DEAD_LETTER,
+    "released": Reason.EXPECTED_GAP,
+    "discarded": Reason.ACKNOWLEDGED,
+}
+"""What a sidecar's answer means; a fate that is not here (delivered, quarantined) explains nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What one sidecar says of one record at one store."""
+
+    fate: str  # spool.types.Fate
+    retry_class: str = ""  # of a dead letter, e.g. ``conflict``
+
+
+class Whereabouts(Protocol):
+    """What the sidecars know of records; see ``sidecar.consistency.whereabouts``."""
+
+    async def settle(self, patience: float) -> Settled:
+        """Wait, at most ``patience`` seconds, until what was accepted by now is settled; who was asked."""
+        ...
+
+    async def fates(self, log_ids: Sequence[str]) -> Mapping[str, Mapping[StoreName, Known]]:
+        """What is known; ids of which nothing is known are left out. Raises StoreError."""
+        ...
+
+
+Gaps = Callable[[], Awaitable[Sequence[GapLine]]]
+"""The open lines of every ledger. Raises StoreError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is not found in the stores: patience and retention."""
+
+    settle: float = (
+        30.0  # seconds that sidecars are waited for, and that a difference must last where not all were asked
+    )
+    young: float = 60.0  # seconds: a record younger than this may be on its way from a sidecar that was not asked
+    kept_from_us: Mapping[StoreName, Callable[[], int]] | None = (
+        None  # store -> log_timestamp below which it keeps none
+    )
+
+
+class Explainer:
+    """Decides about candidates. One per run: it remembers how many of each hour's gap were used up."""
+
+    def __init__(
+        self,
+        stores: Mapping[StoreName, Store],
+        whereabouts: Whereabouts,
+        gaps: Gaps,
+        *,
+        window: Window,
+        rules: Rules,
+        clock: Clock,
+    ) -> None:
+        """``window`` is the whole run's, also where the run was resumed in its middle."""
+        self._sql = stores[POSTGRES]
+        self._dynamo = stores[DYNAMODB]
+        self._whereabouts = whereabouts
+        self._gaps = gaps
+        self._window = window
+        self._rules = rules
+        self._clock = clock
+        self._used: Counter[tuple[StoreName, int]] = Counter()
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self.settled = Settled()
+
+    async def differences(self, candidates: Sequence[Candidate], read_at: float) -> list[Difference]:
+        """What is left of candidates that were read by ``read_at`` (monotonic seconds), in their order."""
+        if not candidates:
+            return []
+        self.settled = await self._whereabouts.settle(self._rules.settle)
+        found = await self._look(candidates)
+        if not self.settled.knows_all:
+            while True:
+                doubtful = {d.log_id for d in found if d.reason in DIVERGENT and d.reason is not Reason.DEAD_LETTER}
+                left = read_at + self._rules.settle - self._clock.monotonic()
+                if not doubtful or left <= 0:
+                    break
+                await self._clock.sleep(min(left, _PAUSE))
+                again = await self._look([c for c in candidates if c.log_id in doubtful])
+                anew = {d.log_id: d for d in again}
+                found = [anew.get(d.log_id, d) for d in found if d.log_id not in doubtful or d.log_id in anew]
+        return await self._expected(found)
+
+    async def _look(self, candidates: Sequence[Candidate]) -> list[Difference]:
+        fates = await self._whereabouts.fates([c.log_id for c in candidates])
+        found: list[Difference] = []
+        for start in range(0, len(candidates), _TASKS):
+            part = candidates[start : start + _TASKS]
+            looks = await _all([self._one(each, fates.get(each.log_id, {})) for each in part])
+            found += [d for d in looks if d is not None]
+        return found
+
+    async def _one(self, seen: Candidate, fates: Mapping[StoreName, Known]) -> Difference | None:
+        async with self._slots:
+            sql, dynamo = await asyncio.gather(self._sql.get(seen.log_id), self._dynamo.get(seen.log_id))
+        if sql == dynamo:
+            return None
+        if sql is not None and dynamo is not None:
+            if seen.log_timestamp != sql.log_timestamp and self._inside(sql.log_timestamp):
+                return None  # PostgreSQL's entry of this id is a candidate too, and speaks for both
+            return _changed(sql, dynamo, fates, seen.log_timestamp)
+        present = sql if dynamo is None else dynamo
+        assert present is not None  # noqa: S101  (they differ, so one of them is there)
+        lacking: StoreName = DYNAMODB if dynamo is None else POSTGRES
+        reason, detail = self._missing(present, lacking, fates.get(lacking), seen)
+        return Difference(present.log_id, present.log_timestamp, reason, sql, dynamo, detail)
+
+    def _inside(self, time: int) -> bool:
+        return self._window.start_us <= time < self._window.end_us
+
+    def _missing(
+        self, record: LogRecord, lacking: StoreName, known: Known | None, seen: Candidate
+    ) -> tuple[Reason, str]:
+        """Why ``lacking`` has no record; what only the ledger can explain is looked at last."""
+        kept_from = (self._rules.kept_from_us or {}).get(lacking)
+        if kept_from is not None and record.log_timestamp < kept_from():
+            return Reason.EXPIRED, ""
+        if known is not None and known.fate in _OF_FATE:
+            return _OF_FATE[known.fate], known.retry_class
+        detail = "" if known is None else f"the sidecar says: {known.fate}"
+        if lacking == DYNAMODB and _COMPUTED.fullmatch(record.log_id):
+            return Reason.OLD_WRITER, detail
+        if lacking == POSTGRES and seen.dynamo is not None and seen.dynamo != digest(record):
+            return Reason.FOREIGN_WRITER, "its digest is not that of its fields"
+        return MISSING[lacking], detail
+
+    async def _expected(self, found: Sequence[Difference]) -> list[Difference]:
+        """Explain by open gaps; what is then left and may still be on its way is in flight."""
+        if not any(d.reason in DIVERGENT and len(d.present_in) == 1 for d in found):
+            return list(found)
+        room: Counter[tuple[StoreName, int]] = Counter()
+        for line in summed(await self._gaps()):
+            room[line.store, line.hour] += line.open
+        room.subtract(self._used)
+        decided = []
+        for each in found:
+            if each.reason in DIVERGENT and each.reason is not Reason.DEAD_LETTER and len(each.present_in) == 1:
+                lacking: StoreName = DYNAMODB if each.dynamo is None else POSTGRES
+                key = lacking, each.log_timestamp // HOUR_US
+                if room[key] > 0:
+                    room[key] -= 1
+                    self._used[key] += 1
+                    decided.append(_because(each, Reason.EXPECTED_GAP))
+                    continue
+                each = self._on_its_way(each, lacking)  # noqa: PLW2901  (the same difference, decided)
+            decided.append(each)
+        return decided
+
+    def _on_its_way(self, each: Difference, lacking: StoreName) -> Difference:
+        settled = self.settled
+        if settled.silent:
+            silent = ", ".join(settled.silent)
+            return _because(each, Reason.IN_FLIGHT_UNKNOWN, f"{silent} did not say what it holds")
+        if lacking in settled.behind:
+            return _because(each, Reason.IN_FLIGHT, "another sidecar still owes records to this store")
+        born = max(each.log_timestamp, version7_time(each.log_id) or each.log_timestamp)
+        if not settled.knows_all and self._clock.now_us() - born < self._rules.young * 1e6:
+            return _because(each, Reason.IN_FLIGHT, "younger than phases.max_lag")
+        return each
+
+
+def _changed(sql: LogRecord, dynamo: LogRecord, fates: Mapping[StoreName, Known], at_us: int) -> Difference:
+    """Both stores have the id, with other content; ``at_us`` is where it was found."""
+
+    def because(reason: Reason, detail: str = "") -> Difference:
+        return Difference(sql.log_id, at_us, reason, sql, dynamo, detail)
+
+    for store in STORES:
+        known = fates.get(store)
+        if known is None or known.retry_class != "conflict":
+            continue
+        if known.fate == "discarded":
+            return because(Reason.ACKNOWLEDGED, f"conflict at {store}")
+        if known.fate == "dead_lettered":
+            return because(Reason.ID_CONFLICT, f"{store} refused the other content")
+    if any(known.fate in ("pending", "deferred") for known in fates.values()):
+        return because(Reason.IN_FLIGHT)
+    return because(Reason.FIELD_MISMATCH)
+
+
+def _because(each: Difference, reason: Reason, detail: str = "") -> Difference:
+    return Difference(each.log_id, each.log_timestamp, reason, each.sql, each.dynamo, detail or each.detail)
+
+
+async def _all(looks: Sequence[Awaitable[Difference | None]]) -> Sequence[Difference | None]:
+    """All, or the first error, with nothing left under way."""
+    tasks = [asyncio.ensure_future(look) for look in looks]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
