@@ -10,7 +10,7 @@ WORKERS ?= 3  # tests mostly wait for processes and disks: more workers than a s
 install: $(STAMP)
 
 $(STAMP): pyproject.toml .ci/venv .ci/pip_wheel.py
-	@PYTHON='$(PYTHON)' .ci/venv '$(VENV)' '.[embedded,test,dev]'
+	@PYTHON='$(PYTHON)' .ci/venv '$(VENV)' '.[embedded,otlp,test,dev]'
 	@touch $@
 
 run: $(STAMP)  ## a private PostgreSQL, a local DynamoDB and the sidecar in dual_write

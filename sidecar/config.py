@@ -20,6 +20,8 @@ from typing import Final
 from sidecar.config_appsettings import take
 from sidecar.config_checks import check, warnings
 from sidecar.config_document import Expander, Scalar, parse, read_bounded
+from sidecar.config_mappings import SETTING as MAPPINGS
+from sidecar.config_mappings import read_mappings
 from sidecar.config_values import (
     FIELDS,
     Stated,
@@ -63,7 +65,10 @@ def interpret(data: bytes, path: str, environ: Mapping[str, str]) -> Loaded:
     """The configuration that ``data`` states; ``path`` only names it. Raises ConfigError as ``load`` does."""
     expander = Expander(environ)
     table, foreign = take(parse(data, path), expander)
-    stated = read_table(table, expander)
+    stated: dict[str, Stated] = {}
+    if (node := table.entries.pop(MAPPINGS, None)) is not None:
+        stated[MAPPINGS] = Stated(read_mappings(node, expander), node.where)
+    stated |= read_table(table, expander)
     for name, node in foreign.items():
         value = read_value(FIELDS[name], node, expander)
         if name in stated and stated[name].value != value:
@@ -132,6 +137,8 @@ def _quoted(value: object, secret: bool, shown: str) -> str:
         return '"***"'
     if isinstance(value, tuple):
         return "[" + ", ".join(_quote(str(item)) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return shown.replace("${", "$${")
     return _quote(value) if isinstance(value, str) else shown
 
 

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import inspect
 
 from sidecar.config_document import Expander, Listing, Node, Scalar, Table
+from sidecar.declared_mapping import as_written
 from sidecar.errors import ConfigError
 from sidecar.phase import Phase, parse_phase
 from sidecar.settings import LIVE, Secret, Settings
@@ -71,7 +72,8 @@ def _walk(struct: inspect.StructType, prefix: str = "") -> dict[str, Field]:
         if isinstance(kind, inspect.Metadata):
             unit = cast("Unit", (kind.extra_json_schema or {}).get("title", ""))
             kind = kind.type
-        fields[path] = Field(path, kind, unit, nullable, declared.default)
+        made = declared.default_factory is not msgspec.NODEFAULT
+        fields[path] = Field(path, kind, unit, nullable, declared.default_factory() if made else declared.default)
     return fields
 
 
@@ -246,6 +248,7 @@ _READERS: Final[Mapping[type[inspect.Type], Callable[[str, Any, Unit], object]]]
     {
         inspect.BoolType: lambda text, _kind, _unit: _TRUTHS.get(text.lower()),
         inspect.CustomType: lambda text, _kind, _unit: Secret(text) if text else None,
+        inspect.DictType: lambda _text, _kind, _unit: None,  # a section, read by ``config_mappings``
         inspect.FloatType: _read_float,
         inspect.IntType: _read_int,
         inspect.LiteralType: _read_choice,
@@ -279,6 +282,7 @@ _DESCRIPTIONS: Final[Mapping[type[inspect.Type], Callable[[Any, Unit], str]]] = 
     {
         inspect.BoolType: lambda _kind, _unit: "true or false",
         inspect.CustomType: lambda _kind, _unit: "a text that is not empty",
+        inspect.DictType: lambda _kind, _unit: "a section of the file: mappings by name",
         inspect.EnumType: lambda _kind, _unit: ", ".join(phase.label for phase in Phase) + " (or 0..3)",
         inspect.FloatType: lambda kind, unit: _NUMBERS[unit or inspect.FloatType] + _bounds(kind, unit),
         inspect.IntType: lambda kind, unit: _NUMBERS[unit or inspect.IntType] + _bounds(kind, unit),
@@ -320,9 +324,9 @@ def show(value: object, unit: Unit = "") -> str:
             if value and round(value / scale) * scale == value:
                 return f"{round(value / scale)}{name}"
         return repr(value)
-    if isinstance(value, tuple):
-        return "[" + ", ".join(show(item) for item in value) + "]"
-    return str(value)
+    if isinstance(value, Mapping):
+        return msgspec.json.encode({name: as_written(each) for name, each in value.items()}).decode()
+    return "[" + ", ".join(show(item) for item in value) + "]" if isinstance(value, tuple) else str(value)
 
 
 def _shape(node: Node) -> str:

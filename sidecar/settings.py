@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from sidecar.declared_mapping import Mappings
 from sidecar.phase import Phase
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, title="seconds")]
@@ -257,6 +258,8 @@ class Settings(_Section, frozen=True):
     continue_on_write_failure: bool = True  # False: an owed store down for fail_closed_after makes ingest answer 503
     fail_closed_after: Seconds = 60.0  # how long an owed store may be down before that
     instance: str | None = None  # name of this instance in the fleet; None: HOSTNAME
+    # how other people's log events become records: POST /ingest/{name} and /v1/logs; see docs/clients/README.md
+    mappings: Mappings = msgspec.field(default_factory=dict)
     flags: Assertions = Assertions()
     listen: Listen = Listen()
     ingest: Ingest = Ingest()
@@ -283,6 +286,7 @@ LIVE: Final = frozenset(
         "fail_closed_after",
         "flags",
         "ingest",
+        "mappings",
         "retry",
         "phases",
         "reads",

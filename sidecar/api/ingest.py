@@ -35,7 +35,7 @@ async def post_logs(request: web.Request) -> web.Response:
     if key is not None:
         check_key(key)
     strict = bool(request.query_string) and _strict(request)
-    wait = _wait(headers.getall("Prefer", ()), settings.ingest)
+    wait = preferred_wait(headers.getall("Prefer", ()), settings.ingest)
     body = await read_body(
         request,
         encoding_of(request),
@@ -65,7 +65,7 @@ async def accept(
 ) -> Words:
     """Hand a whole body to intake and word what became of it. Raises what ``Intake.accept`` raises."""
     if wait is None:
-        wait = _wait((), parts.settings().ingest)
+        wait = preferred_wait((), parts.settings().ingest)
     outcome = await parts.intake.accept(body, form, key=key, strict=strict, wait=wait)
     return _batch(outcome, wait) if outcome.batch else _single(outcome, wait)
 
@@ -98,7 +98,7 @@ def _strict(request: web.Request) -> bool:
     return _BOOLEANS[value.lower()]
 
 
-def _wait(prefer: list[str] | tuple[()], ingest: Ingest) -> float | None:
+def preferred_wait(prefer: list[str] | tuple[()], ingest: Ingest) -> float | None:
     """Seconds to wait for the stores; RFC 7240 has a preference that cannot be read ignored."""
     for value in prefer:
         match = _WAIT.search(value)

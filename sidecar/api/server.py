@@ -20,7 +20,7 @@ from typing import Final
 from aiohttp import web
 from prometheus_client import Counter
 
-from sidecar.api import errors, ingest, ops, page, status
+from sidecar.api import errors, ingest, mapped, ops, otlp, page, status
 from sidecar.api.express import EXPRESS, Express
 from sidecar.api.guard import GUARDED, Guard
 from sidecar.api.parts import OPS_PARTS, PARTS, ApiParts, OpsParts
@@ -40,10 +40,13 @@ def build_app(parts: ApiParts, routes: Iterable[web.RouteDef] = (), guard: Guard
     hosts = _host_names(settings.listen)
     app = web.Application(middlewares=[_Door(parts.metrics, hosts, guard).handle])
     app[PARTS] = parts
+    app[mapped.COMPILED] = mapped.Compiled()
     app[EXPRESS] = Express(parts, None if settings.listen.app.startswith("unix:") else hosts)
     app.add_routes(
         [
             web.post("/logs", ingest.post_logs, expect_handler=_expect),
+            web.post("/v1/logs", otlp.post_logs, expect_handler=_expect),
+            web.post("/ingest/{mapping}", mapped.post_events, expect_handler=_expect),
             web.get("/logs/{log_id}/status", status.get_log_status),
             web.get("/status", status.get_status),
             *page.routes(),

@@ -12,7 +12,9 @@ import prometheus_client as metric
 
 from sidecar.clock import Clock
 from sidecar.errors import Busy, ContentConflict, InvalidRecord, TooLarge
+from sidecar.intake.mapped import screen_mapped
 from sidecar.intake.window import DedupWindow
+from sidecar.mapping import Mapped
 from sidecar.metrics import Metrics
 from sidecar.phase import Phase, Policy
 from sidecar.record import LogRecord, to_dict
@@ -195,6 +197,16 @@ class Intake:
         if screened.refused and not screened.batch:
             self._count(screened.refused)
             raise _alone(screened.refused[0])
+        return await self._take(screened, strict=strict, wait=wait)
+
+    async def accept_mapped(self, mapped: Mapped, *, wait: float | None = None) -> Outcome:
+        """Screen what a mapping made of a request's events, a batch, and make it durable. Raises as ``accept``."""
+        self.check_open()
+        ingest = self._settings().ingest
+        screened = await screen_mapped(self._screener, mapped, ingest, lambda: self._clock.sleep(0))
+        return await self._take(screened, strict=False, wait=wait)
+
+    async def _take(self, screened: Screened, *, strict: bool, wait: float | None) -> Outcome:
         outcome = Outcome(screened.batch, self._standing().policy, _log_ids(screened), refused=screened.refused)
         if not screened.batch:
             outcome.correlation_id = screened.records[0].correlation_id

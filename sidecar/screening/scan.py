@@ -170,6 +170,14 @@ def _walk(text: bytes) -> Iterator[bytes]:
         raise MalformedBody(CUT_SHORT)
 
 
+def walk(text: bytes) -> Iterator[bytes]:
+    """Each element of the array ``text`` by the brackets alone, whatever is between them; raises MalformedBody.
+
+    For callers that judge each element by itself, although the array as a whole is not JSON.
+    """
+    return _walk(text)
+
+
 def _measured(text: bytes, lengths: Iterable[int]) -> Iterator[bytes]:
     """The elements of an array whose lengths are known."""
     at = 1
