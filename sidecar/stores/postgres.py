@@ -18,7 +18,7 @@ Times travel as plain integers (see ``postgres_connections``); ``uuid``s as text
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final
 
 import asyncpg
@@ -29,7 +29,7 @@ from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import POSTGRES, StoreName
 from sidecar.record import LogRecord, digest, timestamp_text
 from sidecar.settings import Postgres
-from sidecar.stores import postgres_schema
+from sidecar.stores import postgres_adoption, postgres_schema
 from sidecar.stores.base import (
     HOUR_US,
     Check,
@@ -47,10 +47,12 @@ from sidecar.stores.base import (
     WriteLimits,
     WriteResult,
 )
-from sidecar.stores.postgres_connections import Connections, Link
+from sidecar.stores.postgres_adoption import ColumnLimits
+from sidecar.stores.postgres_connections import Connection, Connections, Link
 from sidecar.stores.postgres_fleet import PostgresFleet
 from sidecar.stores.postgres_gaps import PostgresGaps
 from sidecar.stores.postgres_mapping import table_mapping
+from sidecar.stores.postgres_plan import Plan, Step, apply, make_plan
 from sidecar.stores.postgres_rehearsal import refused
 from sidecar.stores.postgres_statements import DAY_US, Rows, Statements
 
@@ -83,8 +85,11 @@ class PostgresStore:
         self._ids = None if mapping.adopted is None else mapping.adopted.ids
         self._sql = Statements(mapping)
         self._rows = Rows(mapping)
-        self._writers = Connections(options, relation=relation, size=options.write_connections, clock=clock)
-        self._readers = Connections(options, relation=relation, size=options.read_connections, clock=clock)
+        fit = None if mapping.adopted is None else self._fit
+        self._writers = Connections(options, relation=relation, size=options.write_connections, clock=clock, fit=fit)
+        self._readers = Connections(options, relation=relation, size=options.read_connections, clock=clock, fit=fit)
+        self.columns = ColumnLimits()
+        self.on_columns: Callable[[ColumnLimits], None] = lambda _limits: None
         self._limits = WriteLimits(options.batch_records, options.batch_bytes, options.write_connections)
         self._optimistic = True
         self._member = Connections(options, relation=relation, size=1, clock=clock)
@@ -219,24 +224,76 @@ class PostgresStore:
 
     async def create(self) -> Sequence[str]:
         """Make schema, table, indexes, gap ledger and fleet tables where missing."""
-        patient = Connections(
-            msgspec.structs.replace(self._options, command_timeout=postgres_schema.INDEX_SECONDS),
-            relation=self._mapping.relation,
-            size=2,
-            clock=self._clock,
-        )
+        patient = self._patient()
         try:
+            if self._mapping.adopted is not None:
+                return await postgres_schema.create_beside(patient, self._schema, self._table)
             return await postgres_schema.create(self._writers, patient, self._schema, self._table)
+        finally:
+            await patient.close()
+
+    async def adoption(self, *, read_indexes: bool = True) -> Plan:
+        """What an adopted table still needs; changes nothing.
+
+        Raises:
+            StoreError: there is no such table, or it cannot be looked at.
+        """
+        patient = self._patient()
+        try:
+            return await patient.run(
+                lambda link: make_plan(link.connection, self._mapping, read_indexes=read_indexes), whole=False
+            )
+        finally:
+            await patient.close()
+
+    async def adopt(self, *, read_indexes: bool = True) -> AsyncIterator[Step]:
+        """Do what ``adoption`` plans, step by step; yields each when it is done.
+
+        Raises:
+            StoreError: BLOCKED where a problem stands against it; TRANSIENT where a lock was not to be had.
+        """
+        patient = self._patient()
+        try:
+            async for step in apply(patient, self._mapping, self._clock, read_indexes=read_indexes):
+                yield step
         finally:
             await patient.close()
 
     async def check(self) -> Sequence[Check]:
         """Compare encoding, table, columns, rights, key and indexes with what is needed."""
-        return await self._readers.run(lambda link: postgres_schema.check(link.connection, self._schema, self._table))
+        if self._mapping.adopted is None:
+            return await self._readers.run(
+                lambda link: postgres_schema.check(link.connection, self._schema, self._table)
+            )
+        looking = Connections(self._options, relation=self._mapping.relation, size=1, clock=self._clock)
+        try:  # the others refuse to open where a line is red
+            return await looking.run(lambda link: postgres_adoption.check(link.connection, self._mapping))
+        finally:
+            await looking.close()
 
     async def close(self) -> None:
         """End all connections; at most two seconds."""
         await asyncio.gather(*(each.close() for each in (self._writers, self._readers, self._member)))
+
+    def _patient(self) -> Connections:
+        """Connections whose commands may take as long as an index does."""
+        return Connections(
+            msgspec.structs.replace(self._options, command_timeout=postgres_schema.INDEX_SECONDS),
+            relation=self._mapping.relation,
+            size=2,
+            clock=self._clock,
+        )
+
+    async def _fit(self, connection: Connection) -> str | None:
+        """Look at the adopted table: what its columns hold at most, and why it cannot be used."""
+        unfit, limits = await postgres_adoption.inspect(connection, self._mapping)
+        if unfit:
+            worst = unfit[0]
+            return f"{worst.name}: seen {worst.observed}; required: {worst.required}"
+        if limits != self.columns:
+            self.columns = limits
+            self.on_columns(limits)
+        return None
 
     async def _copy(self, batch: Sequence[LogRecord]) -> bool:
         """True where the whole batch is in; False where stage 2 must look."""

@@ -43,6 +43,7 @@ PG_EPOCH_US: Final = 946_684_800_000_000
 
 T = TypeVar("T")
 Connection = asyncpg.Connection
+Fitness = Callable[[Connection], Awaitable[str | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,14 @@ class Connections:
         relation: the quoted table, looked at when a connection opens.
         size: upper bound.
         clock: for ``idle_close``.
+        fit: looks at the table of each new connection; what it returns is why nothing is done there.
     """
 
-    def __init__(self, options: Postgres, *, relation: str, size: int, clock: Clock) -> None:
+    def __init__(
+        self, options: Postgres, *, relation: str, size: int, clock: Clock, fit: Fitness | None = None
+    ) -> None:
         self._options = options
+        self._fit = fit
         self._relation = relation
         self._adopt = options.adopt
         self._clock = clock
@@ -208,7 +213,8 @@ class Connections:
                 server_settings={"application_name": APPLICATION},
             )
             async with asyncio.timeout(options.connect_timeout):
-                return await self._look(connection)
+                link = await self._look(connection)
+                trouble = await self._fitness(link)
         except BaseException as error:
             # Everything, a cancellation too, ends the half-open connection.
             if connection is not None:
@@ -216,6 +222,20 @@ class Connections:
             if not isinstance(error, Exception):
                 raise
             return translate(error, connecting=True)
+        if trouble is None:
+            return link
+        connection.terminate()
+        return StoreError(POSTGRES, RetryClass.BLOCKED, trouble)
+
+    async def _fitness(self, link: Link) -> str | None:
+        fit = self._fit
+        if fit is None:
+            return None
+
+        async def ask(link: Link) -> str | None:
+            return await fit(link.connection)
+
+        return await (_in_transaction(link, ask) if self._options.pgbouncer else ask(link))
 
     async def _look(self, connection: Connection) -> Link:
         """Make a fresh connection ready, and see what the table is like."""

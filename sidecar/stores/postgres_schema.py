@@ -17,6 +17,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
+from sidecar.errors import RetryClass, StoreError
+from sidecar.phase import POSTGRES
 from sidecar.record import FIELDS
 from sidecar.stores import postgres_fleet, postgres_gaps
 from sidecar.stores.base import Check
@@ -135,9 +137,9 @@ async def create(short: Connections, patient: Connections, schema: str, table: s
 
     async def make(link: Link) -> Sequence[str]:
         done: list[str] = []
-        async with _turn(link.connection):
+        async with turn(link.connection):
             done += await _make_table(link.connection, schema, table)
-        async with _turn(link.connection):  # of its own: the table must be committed before a concurrent build
+        async with turn(link.connection):  # of its own: the table must be committed before a concurrent build
             missing = await _incomplete(link.connection, schema, table)
             # The last query's portal, and with it a snapshot that a concurrent build would wait for, lives until
             # the next simple statement.
@@ -155,8 +157,30 @@ async def create(short: Connections, patient: Connections, schema: str, table: s
     return await patient.run(make, whole=False)
 
 
+async def create_beside(patient: Connections, schema: str, table: str) -> Sequence[str]:
+    """Make the tables beside an adopted one, which is never touched; returns what was done.
+
+    Raises:
+        StoreError: BLOCKED where the adopted table is not there: nothing is made in its place.
+    """
+
+    async def make(link: Link) -> Sequence[str]:
+        connection = link.connection
+        async with turn(connection):
+            if not await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", quoted(schema, table)):
+                raise StoreError(
+                    POSTGRES,
+                    RetryClass.BLOCKED,
+                    f"postgres.adopt: there is no table {schema}.{table}; postgres.schema and postgres.table name it",
+                )
+            done = await postgres_gaps.create(connection, schema, table)
+            return [*done, *await postgres_fleet.create(connection, schema, table)]
+
+    return await patient.run(make, whole=False)
+
+
 @asynccontextmanager
-async def _turn(connection: Connection) -> AsyncIterator[None]:
+async def turn(connection: Connection) -> AsyncIterator[None]:
     """A transaction of the one sidecar whose turn it is."""
     while True:
         async with connection.transaction():
@@ -199,6 +223,22 @@ async def _incomplete(connection: Connection, schema: str, table: str) -> Sequen
 async def check(connection: Connection, schema: str, table: str) -> Sequence[Check]:
     """Compare server, table, key and indexes with what is needed."""
     relation = quoted(schema, table)
+    checks = await check_server(connection)
+    kind = await connection.fetchval("SELECT relkind::text FROM pg_class WHERE oid = to_regclass($1)", relation)
+    there = kind in ("r", "p")
+    checks.append(Check("postgres.table", there, f"{schema}.{table}: {KINDS.get(kind, kind)}", "an ordinary table"))
+    if not there:
+        return checks
+    checks.extend(await _check_columns(connection, relation))
+    checks.extend(await check_rights(connection, relation))
+    checks.extend(await _check_keys(connection, schema, table))
+    checks.extend(await postgres_gaps.check(connection, schema, table))
+    checks.extend(await postgres_fleet.check(connection, schema, table))
+    return checks
+
+
+async def check_server(connection: Connection) -> list[Check]:
+    """Encoding, a primary, and commits that reach the disk."""
     checks = [
         Check("postgres.encoding", seen == "UTF8", seen, "UTF8")
         for seen in [await connection.fetchval("SELECT current_setting('server_encoding')")]
@@ -209,20 +249,10 @@ async def check(connection: Connection, schema: str, table: str) -> Sequence[Che
         "SELECT coalesce((SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit'), 'on')"
     )
     checks.append(Check("postgres.synchronous_commit", durable != "off", durable, "on (the sidecar raises off to on)"))
-    kind = await connection.fetchval("SELECT relkind::text FROM pg_class WHERE oid = to_regclass($1)", relation)
-    there = kind in ("r", "p")
-    checks.append(Check("postgres.table", there, f"{schema}.{table}: {_KINDS.get(kind, kind)}", "an ordinary table"))
-    if not there:
-        return checks
-    checks.extend(await _check_columns(connection, relation))
-    checks.extend(await _check_rights(connection, relation))
-    checks.extend(await _check_keys(connection, schema, table))
-    checks.extend(await postgres_gaps.check(connection, schema, table))
-    checks.extend(await postgres_fleet.check(connection, schema, table))
     return checks
 
 
-_KINDS: Final = {None: "missing", "r": "table", "p": "partitioned table", "v": "view", "f": "foreign table"}
+KINDS: Final = {None: "missing", "r": "table", "p": "partitioned table", "v": "view", "f": "foreign table"}
 
 
 async def _check_columns(connection: Connection, relation: str) -> Sequence[Check]:
@@ -257,7 +287,8 @@ async def _check_columns(connection: Connection, relation: str) -> Sequence[Chec
     return checks
 
 
-async def _check_rights(connection: Connection, relation: str) -> Sequence[Check]:
+async def check_rights(connection: Connection, relation: str) -> Sequence[Check]:
+    """What a sidecar must be granted on the table of records."""
     return [
         Check(f"postgres.grant.{right.lower()}", held, "granted" if held else "missing", f"{right} on the table")
         for right in ("INSERT", "SELECT")

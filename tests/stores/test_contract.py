@@ -30,7 +30,7 @@ from sidecar.stores.base import (
 from sidecar.stores.memory import MemoryStore
 from tests.stores.records import BASE, DAY, FIRST_TIME, LAST_TIME, fresh, log_id, log_records, record, records
 
-STORES = ("memory", "postgres", "dynamodb")
+STORES = ("memory", "postgres", "adopted", "partitioned", "dynamodb")
 CONVERGENCE = 10.0  # seconds
 T = TypeVar("T")
 HOUR = 3_600_000_000
