@@ -2,7 +2,8 @@
 
 The session, the credential chain (environment, files, IRSA, Pod Identity), the region, the endpoint and the control
 plane are aioboto3's. The data plane is ours, because the generic client costs several times what a batch is worth:
-the caller hands over the body as bytes, ``SigV4`` signs it, a small aiohttp session posts it.
+the caller hands over the body as bytes, ``SigV4`` signs it, ``http_exchange`` posts it (through a proxy of the
+environment: aiohttp's client).
 
 * One attempt per call: retries belong to the shipper, where they are visible and counted.
 * Every call is bounded: ``connect_timeout`` for the connection, ``read_timeout`` for the rest.
@@ -16,11 +17,11 @@ import asyncio
 import hashlib
 import hmac
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.request import getproxies_environment, proxy_bypass
 from zlib import crc32
 
@@ -38,6 +39,7 @@ from sidecar import settings
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.stores import dynamodb_errors as errors
+from sidecar.stores.http_exchange import Answer, Exchange
 
 CREDENTIALS_SECONDS: Final = 5.0
 KEEPALIVE_SECONDS: Final = 20.0
@@ -55,6 +57,8 @@ class SigV4:
     """
 
     def __init__(self, credentials: ReadOnlyCredentials, region: str, host: str) -> None:
+        if any(mark in part for mark in "\r\n" for part in (credentials.access_key, credentials.token or "", host)):
+            raise ValueError("a line break in the credentials or in the host")  # it would begin another header
         self._access_key: str = credentials.access_key
         self._secret_key: str = credentials.secret_key
         self._token: str | None = credentials.token
@@ -64,7 +68,7 @@ class SigV4:
         self._key = b""
 
     def headers(self, target: str, body: bytes, now: datetime) -> dict[str, str]:
-        """All headers of a request but Host and Content-Length; ``now`` is UTC."""
+        """All headers of a request but Host and Content-Length; ``now`` is UTC. No value contains a line break."""
         stamp = now.strftime("%Y%m%dT%H%M%SZ")
         day = stamp[:8]
         if day != self._day:
@@ -105,7 +109,7 @@ class Wire:
         self._options = options
         self._clock = clock
         self._session = _new_session()
-        self._http: aiohttp.ClientSession | None = None
+        self._transport: _Transport | None = None
         self._url: URL | None = None
         self._region = ""
         self._credentials: ReadOnlyCredentials | None = None
@@ -149,34 +153,30 @@ class Wire:
 
     async def close(self) -> None:
         """Release the connections; idempotent."""
-        http, self._http, self._url, self._signer = self._http, None, None, None
-        if http is not None:
-            await http.close()
+        transport, self._transport, self._url, self._signer = self._transport, None, None, None
+        if transport is not None:
+            await transport.close()
 
     async def _attempt(self, operation: str, body: bytes) -> bytes:
         try:
             signer = self._signer
             if signer is None or self._clock.monotonic() >= self._signer_until:
                 signer = await self._sign_anew()
-            http, url = self._http, self._url
-            if http is None or url is None:
-                http, url = await self._open()
-            headers = signer.headers(_TARGET + operation, body, datetime.now(UTC))
-            async with http.post(url, data=body, headers=headers, allow_redirects=False) as response:
-                answer = await response.read()
-                status = response.status
-                checksum = response.headers.get("x-amz-crc32")
+            transport = self._transport
+            if transport is None:
+                transport, _ = await self._open()
+            answer = await transport.post(signer.headers(_TARGET + operation, body, datetime.now(UTC)), body)
         except (aiohttp.ClientError, OSError, StoreError) as exc:  # TimeoutError is an OSError
             raise errors.from_exception(operation, exc) from None
-        except (ValueError, RuntimeError) as exc:  # aiohttp: a malformed header or URL; a session closed meanwhile
+        except (ValueError, RuntimeError) as exc:  # a malformed header or URL; a session closed meanwhile
             raise errors.error(
                 RetryClass.TRANSIENT, f"{operation}: the request could not be sent", type(exc).__name__
             ) from None
-        if checksum is not None and checksum != str(crc32(answer)):
+        if answer.checksum is not None and answer.checksum != str(crc32(answer.body)):
             raise errors.error(RetryClass.TRANSIENT, f"{operation}: the answer is damaged", "CRC32")
-        if status != _OK:
-            raise errors.from_answer(operation, status, answer)
-        return answer
+        if answer.status != _OK:
+            raise errors.from_answer(operation, answer.status, answer.body)
+        return answer.body
 
     async def _renewed(self) -> bool:
         """True where the chain, read anew, holds other credentials than those that expired."""
@@ -189,25 +189,17 @@ class Wire:
         await self._sign_anew()
         return self._credentials != expired
 
-    async def _open(self) -> tuple[aiohttp.ClientSession, URL]:
+    async def _open(self) -> "tuple[_Transport, URL]":
         async with self._opening:
-            if self._http is None or self._url is None:
+            if self._transport is None or self._url is None:
                 async with self.control() as client:
                     self._url = URL(client.meta.endpoint_url).origin()
                     self._region = client.meta.region_name
-                total = self._options.connect_timeout + self._options.read_timeout
-                self._http = aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=_tls(self._url)),
-                    auto_decompress=False,
-                    cookie_jar=aiohttp.DummyCookieJar(),
-                    skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
-                    timeout=aiohttp.ClientTimeout(
-                        total=total,
-                        sock_connect=self._options.connect_timeout,
-                    ),
-                    proxy=_proxy(self._url),
+                proxy = _proxy(self._url)
+                self._transport = (
+                    _Direct(self._url, self._options) if proxy is None else _Proxied(self._url, self._options, proxy)
                 )
-            return self._http, self._url
+            return self._transport, self._url
 
     async def _sign_anew(self) -> SigV4:
         """A signer with the chain's present credentials, good for CREDENTIALS_SECONDS."""
@@ -234,16 +226,80 @@ class Wire:
             raise errors.from_exception("credentials", exc) from None
 
 
+class _Transport(Protocol):
+    """Posts a signed request to the endpoint."""
+
+    async def post(self, headers: Mapping[str, str], body: bytes) -> Answer:
+        """One attempt. Raises OSError, aiohttp.ClientError, ValueError."""
+        ...
+
+    async def close(self) -> None:
+        """Release the connections."""
+        ...
+
+
+class _Direct:
+    """Straight to the endpoint."""
+
+    def __init__(self, url: URL, options: settings.DynamoDB) -> None:
+        self._head = f"POST / HTTP/1.1\r\nHost: {url.host_port_subcomponent}\r\nContent-Length: "
+        self._exchange = Exchange(
+            url.host or "",
+            url.port or 0,
+            tls=_tls(url),
+            connect_timeout=options.connect_timeout,
+            total_timeout=options.connect_timeout + options.read_timeout,
+            keepalive=KEEPALIVE_SECONDS,
+        )
+
+    async def post(self, headers: Mapping[str, str], body: bytes) -> Answer:
+        """The request as bytes; ASCII, or a ValueError."""
+        lines = [f"{self._head}{len(body)}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        lines.append("\r\n")
+        return await self._exchange.post("\r\n".join(lines).encode("ascii") + body)
+
+    async def close(self) -> None:
+        """Release the connections."""
+        await self._exchange.close()
+
+
+class _Proxied:
+    """Through an HTTP proxy: aiohttp's client, which knows how."""
+
+    def __init__(self, url: URL, options: settings.DynamoDB, proxy: str) -> None:
+        self._url = url
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=_tls(url) or True),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
+            timeout=aiohttp.ClientTimeout(
+                total=options.connect_timeout + options.read_timeout, sock_connect=options.connect_timeout
+            ),
+            proxy=proxy,
+        )
+
+    async def post(self, headers: Mapping[str, str], body: bytes) -> Answer:
+        """By the session."""
+        async with self._http.post(self._url, data=body, headers=headers, allow_redirects=False) as response:
+            return Answer(response.status, response.headers.get("x-amz-crc32"), await response.read())
+
+    async def close(self) -> None:
+        """Close the session."""
+        await self._http.close()
+
+
 def _proxy(url: URL) -> str | None:
     """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY name, looked up once: aiohttp would do it at every call."""
     host = url.host_port_subcomponent or ""
     return None if proxy_bypass(host) else getproxies_environment().get(url.scheme)
 
 
-def _tls(url: URL) -> ssl.SSLContext | bool:
+def _tls(url: URL) -> ssl.SSLContext | None:
     """Trust what the control plane trusts: AWS_CA_BUNDLE (or the profile's ca_bundle), else botocore's own bundle."""
     if url.scheme != "https":
-        return True
+        return None
     given = aiobotocore.session.get_session().get_config_variable("ca_bundle")
     return ssl.create_default_context(cafile=given or get_cert_path(True))
 
