@@ -11,6 +11,7 @@ Reasons are fixed texts of this file. DynamoDB's own messages quote values of th
 """
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -132,6 +133,7 @@ EXCEPTIONS: Final[tuple[tuple[type[BaseException], Verdict], ...]] = (
     (aiohttp.ServerTimeoutError, Verdict(_TRANSIENT, "no answer in time")),
     (aiohttp.ServerDisconnectedError, Verdict(_TRANSIENT, "the connection was closed before the answer")),
     (aiohttp.ClientConnectorDNSError, Verdict(_TRANSIENT, "the endpoint's name does not resolve")),
+    (socket.gaierror, Verdict(_TRANSIENT, "the endpoint's name does not resolve")),
     (aiohttp.ClientConnectorError, Verdict(_TRANSIENT, "cannot connect")),
     (aiohttp.ClientPayloadError, Verdict(_TRANSIENT, "the answer was cut short")),
     (aiohttp.InvalidURL, Verdict(_BLOCKED, "endpoint_url is not a URL")),
