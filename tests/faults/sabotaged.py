@@ -6,6 +6,7 @@ Production knows no switch for any of this: the process is changed from outside,
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -86,8 +87,69 @@ def ignored_errors() -> None:
     Committer._step = going_on  # type: ignore[method-assign]
 
 
+def _giving_up(failures: int) -> None:
+    from sidecar.shipper import _TROUBLE, _Run
+
+    refused = _Run._refused
+    seen = 0
+
+    def instead(self: Any, ticket: Any, chunk: Any, error: Any) -> None:
+        nonlocal seen
+        if error.retry_class not in _TROUBLE:
+            refused(self, ticket, chunk, error)
+            return
+        seen += 1
+        if seen <= failures:
+            refused(self, ticket, chunk, error)
+            return
+        self._pace.succeeded(ticket, 0, self._clock.monotonic())
+        for piece in chunk:
+            self._decided(piece.load, len(piece))
+
+    _Run._refused = instead  # type: ignore[method-assign]  (that is the sabotage)
+
+
+def gives_up() -> None:
+    """Retries have a limit, as elsewhere: then the records are dropped."""
+    _giving_up(50)
+
+
+def believes_lost_replies() -> None:
+    """A call without an answer is taken for done."""
+    _giving_up(0)
+
+
+def no_conflict_clause() -> None:
+    """Plain inserts."""
+    import asyncpg
+
+    fetch = asyncpg.Connection.fetch
+
+    async def plain(self: Any, query: str, *args: Any, **kwargs: Any) -> Any:
+        return await fetch(self, re.sub(r"ON CONFLICT \([^)]*\) DO NOTHING", "", query), *args, **kwargs)
+
+    asyncpg.Connection.fetch = plain
+
+
+def ignores_unprocessed() -> None:
+    """What DynamoDB hands back is taken for stored."""
+    from sidecar.stores import dynamodb
+
+    dynamodb._throttled = lambda _batch, _left: []
+
+
 SABOTAGES: dict[str, Callable[[], None]] = {
-    each.__name__: each for each in (stopped_after_imports, ack_before_commit, synchronous_off, ignored_errors)
+    each.__name__: each
+    for each in (
+        stopped_after_imports,
+        ack_before_commit,
+        synchronous_off,
+        ignored_errors,
+        gives_up,
+        believes_lost_replies,
+        no_conflict_clause,
+        ignores_unprocessed,
+    )
 }
 
 
