@@ -89,7 +89,7 @@ function draw(at) {
   sections.validation(last);
   letters(last.spool.dead_letters, routes?.has("/api/control/dead-letters/redrive") ?? false);
   sections.history(last, rest.history);
-  sections.fleet(rest.fleet);
+  sections.fleet(last, rest.fleet);
   sections.buffer(last);
 }
 

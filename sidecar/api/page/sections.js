@@ -44,7 +44,9 @@ export function phase(status, migration) {
 function gates(now, migration) {
   const known = migration.body?.gates || [];
   const rows = known.map((gate) => gateRow(gate, gate.ok));
-  if (now.hold && !known.some((gate) => gate.gate === now.hold.gate)) rows.unshift(gateRow(now.hold, false));
+  for (const hold of now.fleet?.holds || (now.hold ? [now.hold] : [])) {
+    if (!known.some((gate) => gate.gate === hold.gate)) rows.push(gateRow(hold, false));
+  }
   fill(byId("gates"), rows);
   const none = byId("gates-none");
   show(none, rows.length === 0 || migration.state !== "answered");
@@ -133,7 +135,19 @@ export function history(status, answer) {
   show(byId("history-none"), rows.length === 0);
 }
 
-export function fleet(answer) {
+export function fleet(status, answer) {
+  const own = status.phase.fleet;
+  show(byId("fleet-facts"), Boolean(own));
+  if (own) {
+    const counted = Object.entries(own.instances).map(([presence, n]) => `${count(n)} ${presence}`);
+    facts(byId("fleet-facts"), [
+      ["The record says", own.record ? `${label(own.record.phase)}, epoch ${own.record.epoch}` : "no record seen yet"],
+      ["Decided by", own.record?.by],
+      ["This instance", own.fenced ? { text: "fenced: it does not know the phase", mark: "bad" } : { text: own.leads ? "leads" : "follows", mark: "good" }],
+      ["Has applied epoch", own.claimed_epoch],
+      ["Instances", counted.join(", ") || "only the one that leads knows"],
+    ]);
+  }
   const members = answer.body?.instances || [];
   const rows = members.map((one) => ({
     key: `${one.instance}/${one.incarnation}`,
@@ -150,10 +164,9 @@ export function fleet(answer) {
   }));
   fill(byId("fleet"), rows);
   const none = byId("fleet-none");
-  show(none, rows.length === 0 || answer.state !== "answered");
-  if (answer.state === "absent") put(none, "Not enabled: this sidecar follows its own configuration and knows of no other.");
+  show(none, answer.state === "failed" || (rows.length === 0 && !own));
+  if (!own && answer.state !== "failed") put(none, "Not enabled: this sidecar follows its own configuration and knows of no other.");
   else if (answer.state === "failed") put(none, `The fleet did not answer: ${answer.error}`);
-  else put(none, "No instance is known yet.");
 }
 
 const total = (by) => Object.values(by || {}).reduce((sum, n) => sum + n, 0);
@@ -187,6 +200,9 @@ export function attention(status, lost, failed) {
         add(STATES[store.state] === "bad" ? "bad" : "warn", `${name} is ${store.state}${why}; ${count(store.account.pending)} records wait for it.`);
       }
     }
+    if (now.fleet?.fenced) add("bad", "This instance is fenced: it accepts records and refuses reads until it has read the fleet's record again.");
+    for (const [store, text] of Object.entries(now.fleet?.trouble || {})) add("warn", `The fleet's tables in ${store}: ${text}.`);
+    for (const [store, text] of Object.entries(now.gap_ledger_trouble || {})) add("warn", `Records for ${store} wait for a line in the gap ledger: ${text}.`);
     if (now.hold) add("warn", `The step from ${now.applied} to ${now.desired} is held by ${now.hold.gate}: ${now.hold.observed}; required: ${now.hold.required}.`);
     const last = now.history.at(-1);
     if (last?.forced) add("warn", `The last step was forced by ${last.by}: ${last.why || "no reason given"}.`);

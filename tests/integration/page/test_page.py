@@ -262,3 +262,19 @@ async def write(http, sidecar):
         number += 1
         await post(http, sidecar, [{"service_name": "checkout"}] * (3 + number % 7))
         await asyncio.sleep(0.2)
+
+
+async def test_it_shows_a_fleet_of_two_and_what_holds_it(stand, browser):
+    """Both instances by name, who leads, every gate that is red; a hostile instance name is text here too."""
+    fleet = {"enabled": True, "heartbeat": "300ms", "fence_after": "3s"}
+    first = await stand.sidecar("first", phase="sql_only", fleet=fleet, instance="checkout-a").start()
+    second = await stand.sidecar("second", phase="sql_only", fleet=fleet, instance=HOSTILE[:60]).start()
+    async with look(browser, first.url) as seen:
+        await seen.sees("#fleet-facts", "sql_only, epoch")
+        first.configure(phase="dual_write")
+        await seen.sees("#gates", "configurations_agree")
+        await seen.sees("#problem-list", "configurations_agree")
+        second.configure(phase="dual_write")
+        await seen.sees("#applied", "dual_write")
+        assert seen.errors == []
+    assert second.process.poll() is None
