@@ -83,14 +83,6 @@ class OldWriters:
     last_seen_us: int | None  # the newest row that no sidecar wrote; None: none was seen since then
 
 
-@dataclass(frozen=True, slots=True)
-class ShadowVerdict:
-    """Reads of the whole fleet that were repeated on the other store since the step into the phase in force."""
-
-    compared: int
-    unexplained: int  # mismatches of a class that lag does not explain
-
-
 class Validations(Protocol):
     """Answers of the validator (``sidecar.consistency``)."""
 
@@ -123,14 +115,6 @@ class Writers(Protocol):
         ...
 
 
-class Shadows(Protocol):
-    """Answers of the shadow reads."""
-
-    async def shadow(self) -> ShadowVerdict | None:
-        """None: no instance has compared a read."""
-        ...
-
-
 class NotYet:
     """Implements all of them for what no part answers yet: nothing was ever looked at, and the table is our own."""
 
@@ -154,10 +138,6 @@ class NotYet:
         """Nobody."""
         return None
 
-    async def shadow(self) -> ShadowVerdict | None:
-        """None."""
-        return None
-
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -166,4 +146,3 @@ class Evidence:
     validations: Validations = field(default_factory=NotYet)
     copies: Copies = field(default_factory=NotYet)
     writers: Writers = field(default_factory=NotYet)
-    shadows: Shadows = field(default_factory=NotYet)

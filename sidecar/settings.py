@@ -181,10 +181,11 @@ class DynamoDB(_Section, frozen=True):
 class Phases(_Section, frozen=True):
     """Which phase is wanted, and how it may change."""
 
-    max_lag: Seconds = 60.0  # pending records older than this make shadow reads back off (no gate reads it yet)
-    min_soak: Seconds = 24 * 3600.0  # time in dual_write_read_dynamo before dynamo_only (not enforced yet)
-    min_quiet: Seconds = 3600.0  # time without old writers on an adopted table before reads move (not enforced yet)
-    min_shadow_reads: Count = 0  # compared without a mismatch before reads move (not enforced yet)
+    max_lag: Seconds = 60.0  # pending records older than this hold reads back from moving, and shadow reads
+    min_soak: Seconds = 24 * 3600.0  # time in dual_write_read_dynamo before dynamo_only
+    min_quiet: Seconds = 3600.0  # time without old writers on an adopted table before reads move
+    min_shadow_reads: Count = 0  # compared without an unexplained mismatch before reads move
+    max_validation_age: Seconds = 6 * 3600.0  # a validation of the last 48 h that is older no longer opens a gate
 
 
 class Control(_Section, frozen=True):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
+from sidecar.canary import CanaryStore
 from sidecar.clock import Clock
 from sidecar.errors import Busy
 from sidecar.fleet_tables import KeepsFleet
@@ -18,8 +19,8 @@ _APPLIED: Final = "applied_phase"
 _ON_THE_WAY: Final = frozenset({"pending", "deferred"})
 
 
-class LedgeredStore(Store, KeepsGaps, KeepsFleet, Protocol):
-    """What the sidecar needs of a store: records, and the gap ledger and the fleet's tables beside them."""
+class LedgeredStore(Store, KeepsGaps, KeepsFleet, CanaryStore, Protocol):
+    """What the sidecar needs of a store: records, the gap ledger and the fleet's tables beside them, and a canary."""
 
 
 class SpoolMemory:

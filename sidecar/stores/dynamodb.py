@@ -26,6 +26,7 @@ from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import DYNAMODB, StoreName
 from sidecar.record import LogRecord
+from sidecar.stores import dynamodb_canary as canary
 from sidecar.stores import dynamodb_errors as errors
 from sidecar.stores import dynamodb_limits as limits
 from sidecar.stores import dynamodb_schema as schema
@@ -273,6 +274,10 @@ class DynamoDBStore:
                     RetryClass.BLOCKED, "PutItem: the table has another key: check dynamodb.table", failure.code
                 ) from None
             raise
+
+    async def canary(self, record: LogRecord) -> LogRecord | None:
+        """Put, get and delete under the canary's prefix (``sidecar.canary``)."""
+        return await canary.tried(self.wire, self._options.table, record)
 
     async def create(self) -> Sequence[str]:
         """Both tables, missing indexes, TTL, point-in-time recovery, and the shard schedule."""

@@ -48,6 +48,7 @@ from sidecar.stores.base import (
     WriteResult,
 )
 from sidecar.stores.postgres_adoption import ColumnLimits
+from sidecar.stores.postgres_canary import tried
 from sidecar.stores.postgres_connections import Connection, Connections, Link
 from sidecar.stores.postgres_fleet import PostgresFleet
 from sidecar.stores.postgres_gaps import PostgresGaps
@@ -148,6 +149,12 @@ class PostgresStore:
         """The insert of ``fill`` in a transaction that is rolled back: constraints, triggers and policies are asked."""
         rows = self._rows.of(batch)
         return await self._writers.run(lambda link: refused(link.connection, self._sql.insert(link.unique), rows))
+
+    async def canary(self, record: LogRecord) -> LogRecord | None:
+        """Insert and select in a transaction that is rolled back (``sidecar.canary``)."""
+        row = self._rows.of([record])[0]
+        rows = await tried(self._writers, self._sql.insert, row, self._sql.stored, self._named([record.log_id]))
+        return self._rows.records(rows)[0] if rows else None
 
     async def get(self, log_id: str) -> LogRecord | None:
         """Strongly consistent where ``postgres.host`` is the primary."""

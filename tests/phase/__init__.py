@@ -1,0 +1,1 @@
+"""Gates, plans and the control of phases."""
