@@ -56,6 +56,7 @@ from sidecar.stores.postgres_mapping import table_mapping
 from sidecar.stores.postgres_plan import Plan, Step, apply, make_plan
 from sidecar.stores.postgres_rehearsal import refused
 from sidecar.stores.postgres_statements import DAY_US, Rows, Statements
+from sidecar.stores.postgres_tail import OldRows
 
 _NEWEST: Final = Position((3_000_000 * DAY_US), "00000000-0000-0000-0000-000000000000")
 """After every record that can be: the year 10183."""
@@ -90,6 +91,9 @@ class PostgresStore:
         self._writers = Connections(options, relation=relation, size=options.write_connections, clock=clock, fit=fit)
         self._readers = Connections(options, relation=relation, size=options.read_connections, clock=clock, fit=fit)
         self.columns = ColumnLimits()
+        self.old_rows = (
+            None if mapping.adopted is None else OldRows(mapping, self._sql, self._rows, self._readers, clock)
+        )
         self.on_columns: Callable[[ColumnLimits], None] = lambda _limits: None
         self._limits = WriteLimits(options.batch_records, options.batch_bytes, options.write_connections)
         self._optimistic = True

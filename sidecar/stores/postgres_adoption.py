@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from sidecar.record import FIELDS
-from sidecar.stores import postgres_fleet, postgres_gaps, postgres_schema
+from sidecar.stores import postgres_fleet, postgres_gaps, postgres_schema, postgres_tail
 from sidecar.stores.base import Check
 from sidecar.stores.identifiers import quoted
 from sidecar.stores.postgres_catalogue import Catalogue, ColumnSeen, IndexSeen, look
@@ -94,6 +94,7 @@ async def check(connection: Connection, mapping: TableMapping) -> Sequence[Check
     checks += await postgres_schema.check_rights(connection, mapping.relation)
     checks += await postgres_gaps.check(connection, mapping.schema, mapping.table)
     checks += await postgres_fleet.check(connection, mapping.schema, mapping.table)
+    checks.append(await postgres_tail.check(connection, mapping.schema, mapping.table))
     return checks
 
 

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import POSTGRES
 from sidecar.record import FIELDS
-from sidecar.stores import postgres_fleet, postgres_gaps
+from sidecar.stores import postgres_fleet, postgres_gaps, postgres_tail
 from sidecar.stores.base import Check
 from sidecar.stores.identifiers import quoted, suffixed
 from sidecar.stores.postgres_connections import Connection, Connections, Link, unique_on
@@ -173,8 +173,9 @@ async def create_beside(patient: Connections, schema: str, table: str) -> Sequen
                     RetryClass.BLOCKED,
                     f"postgres.adopt: there is no table {schema}.{table}; postgres.schema and postgres.table name it",
                 )
-            done = await postgres_gaps.create(connection, schema, table)
-            return [*done, *await postgres_fleet.create(connection, schema, table)]
+            done = [*await postgres_gaps.create(connection, schema, table)]
+            done += await postgres_fleet.create(connection, schema, table)
+            return [*done, *await postgres_tail.create(connection, schema, table)]
 
     return await patient.run(make, whole=False)
 

@@ -74,9 +74,9 @@ class Statements:
         self.scan = self._scan(source)
         self.old_rows = ""
         if mapping.adopted is not None:
-            key = mapping.key()
+            key, column = mapping.key(), mapping.column("log_id")
             self.old_rows = (
-                f"SELECT {key}, {out} {source} {mapping.column('log_id')} IS NULL AND {key} > $1 AND {key} <= $2 "
+                f"SELECT {key}, {out} {source} {column} IS NULL AND {key} > $1::int8 AND {key} <= $2::int8 "
                 f"ORDER BY {key} LIMIT {_SCAN_ROWS}"
             )
         self._inserts: dict[tuple[str, ...], str] = {}

@@ -27,6 +27,7 @@ _OPTIONS: Final = {
     "fsync": "off",
     "full_page_writes": "off",
     "deadlock_timeout": "100ms",
+    "max_prepared_transactions": "4",
 }
 TRUSTED: Final = "trusted"
 """A role of the server that needs no password."""
