@@ -77,6 +77,7 @@ class Sidecar:
         self.app_port = free_port()
         self.ops_port = free_port()
         self.environ = dict(environ or {})
+        self.module = "sidecar"  # that python runs
         self.process: subprocess.Popen[bytes] | None = None
         self.log = base / "sidecar.log"
         self.settings: dict[str, Any] = {
@@ -116,7 +117,7 @@ class Sidecar:
         environ = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true", **self.environ}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "sidecar", "serve", "--config", str(self.mount.directory / "config.yaml")],
+                [sys.executable, "-m", self.module, "serve", "--config", str(self.mount.directory / "config.yaml")],
                 cwd=ROOT,
                 env=environ,
                 stdout=log,
