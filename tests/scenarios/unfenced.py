@@ -9,7 +9,7 @@ import sys
 from sidecar.__main__ import main
 from sidecar.fleet import FleetMember
 
-FleetMember.fenced = property(lambda self: not self._joined)  # type: ignore[method-assign,assignment]  (the sabotage)
+FleetMember.fenced = property(lambda self: not self._joined)  # type: ignore[method-assign,assignment]
 
 if __name__ == "__main__":
     sys.exit(main())
