@@ -138,6 +138,128 @@ def ignores_unprocessed() -> None:
     dynamodb._throttled = lambda _batch, _left: []
 
 
+def _dropping(unwanted: Callable[[str, Any], bool]) -> None:
+    """Calls of which ``unwanted(store, records)`` is true are taken for done without being made."""
+    from sidecar.shipper import _Run
+
+    call = _Run._call
+
+    async def instead(self: Any, ticket: Any, chunk: Any) -> None:
+        if not unwanted(self._store.name, chunk):
+            await call(self, ticket, chunk)
+            return
+        self._pace.succeeded(ticket, 0, self._clock.monotonic())
+        for piece in chunk:
+            self._decided(piece.load, len(piece))
+        self.wake.set()
+
+    _Run._call = instead  # type: ignore[method-assign]  (that is the sabotage)
+
+
+def drops_poisoned_batches() -> None:
+    """A refused batch is dropped whole, the good records with the bad one."""
+    from sidecar.shipper import _Run
+
+    refused = _Run._refused
+
+    def instead(self: Any, ticket: Any, chunk: Any, error: Any) -> None:
+        if error.retry_class.value != "permanent":
+            refused(self, ticket, chunk, error)
+            return
+        self._pace.succeeded(ticket, 0, self._clock.monotonic())
+        for piece in chunk:
+            self._decided(piece.load, len(piece))
+
+    _Run._refused = instead  # type: ignore[method-assign]  (that is the sabotage)
+
+
+def forgets_what_it_owes() -> None:
+    """What a record is owed to is asked of the phase of now, not of the phase in which it was accepted."""
+    from sidecar.migration import PhaseSwitch
+
+    switches: list[Any] = []
+    begin = PhaseSwitch.__init__
+
+    def kept(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        switches.append(self)
+
+    PhaseSwitch.__init__ = kept  # type: ignore[method-assign]  (that is the sabotage)
+    _dropping(lambda store, _chunk: store not in switches[-1].policy.owed)
+
+
+def garbage_means_defaults() -> None:
+    """A configuration that cannot be read is replaced by the defaults."""
+    from sidecar import reload
+    from sidecar.config import interpret
+    from sidecar.errors import ConfigError
+
+    def lenient(data: bytes, path: str, environ: Any) -> Any:
+        try:
+            return interpret(data, path, environ)
+        except ConfigError:
+            return interpret(b"phase: sql_only", path, environ)
+
+    reload.interpret = lenient
+
+
+def wall_clock_intervals() -> None:
+    """Intervals are measured with the wall clock."""
+    import time
+
+    from sidecar.clock import SystemClock
+
+    SystemClock.monotonic = lambda _self: time.time()  # type: ignore[method-assign]  (that is the sabotage)
+
+
+def forgets_at_exit() -> None:
+    """A stop in order clears the directory."""
+    from pathlib import Path
+
+    from sidecar.spool import Spool
+
+    close = Spool.close
+
+    async def clear(self: Any) -> None:
+        await close(self)
+        for name in ("spool.db", "position"):
+            (Path(self._directory) / name).unlink(missing_ok=True)
+
+    Spool.close = clear  # type: ignore[method-assign]  (that is the sabotage)
+
+
+def no_lock() -> None:
+    """Nothing keeps a second process out."""
+    import fcntl
+
+    from sidecar.spool import schema
+
+    fcntl.flock = lambda _fd, _how: None
+    configure = schema.configure
+
+    def shared(connection: Any, settings: Any) -> None:
+        class Deaf:
+            def execute(self, sql: str) -> Any:
+                return connection.execute("SELECT 'exclusive'" if "locking_mode" in sql else sql)
+
+        configure(Deaf(), settings)  # type: ignore[arg-type]  (that is the sabotage)
+
+    schema.configure = shared
+
+
+def opens_a_file_per_commit() -> None:
+    """Each commit needs a descriptor of its own."""
+    from sidecar.spool.committer import Committer
+
+    commit = Committer._commit
+
+    def opening(self: Any, appends: Any, writes: Any) -> None:
+        with open("/dev/null"):  # noqa: PTH123  (shorter)
+            commit(self, appends, writes)
+
+    Committer._commit = opening  # type: ignore[method-assign]  (that is the sabotage)
+
+
 SABOTAGES: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -149,6 +271,13 @@ SABOTAGES: dict[str, Callable[[], None]] = {
         believes_lost_replies,
         no_conflict_clause,
         ignores_unprocessed,
+        drops_poisoned_batches,
+        forgets_what_it_owes,
+        garbage_means_defaults,
+        wall_clock_intervals,
+        forgets_at_exit,
+        no_lock,
+        opens_a_file_per_commit,
     )
 }
 

@@ -53,6 +53,14 @@ def require(kind: str, found: object, what: str) -> None:
         raise Violation(kind, f"{what}: {found!r:.300}")
 
 
+async def drained(sidecar: Sidecar, seconds: float = 90.0) -> None:
+    """Wait until nothing is pending; that it never comes to that is a violation of the kind ``stuck``."""
+    try:
+        await sidecar.drained(seconds)
+    except AssertionError as error:
+        raise Violation("stuck", str(error)) from error
+
+
 async def judge(
     history: History,
     stand: Stand,
