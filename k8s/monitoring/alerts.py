@@ -241,7 +241,7 @@ def _phases(s: Scale) -> tuple[Alert, ...]:
             counted('sidecar_phase_transitions_total{forced="true"}', f"{APP}, from, to", s.window(HOUR)),
             s.hold(0),
             "info",
-            f"{AT_APP}: a phase change was forced past its gates: {{{{ $labels.from }}}} to {{{{ $labels.to }}}}",
+            f"{AT_APP}: a step was made with phase_force: {{{{ $labels.from }}}} to {{{{ $labels.to }}}}",
         ),
         Alert(
             "SidecarReloadFailed",

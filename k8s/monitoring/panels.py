@@ -347,7 +347,7 @@ ROWS: Final[tuple[Row, ...]] = (
             ),
             Panel(
                 "Phase changes",
-                "Steps made since each container's start, and whether they were forced past the gates.",
+                "Steps made since each container's start, and whether they were made with phase_force.",
                 (
                     Query(
                         _gauge("sidecar_phase_transitions_total", "from, to, forced"),

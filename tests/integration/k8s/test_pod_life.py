@@ -154,13 +154,13 @@ async def test_a_grace_period_that_is_cut_short_loses_nothing(world):
     await world.assert_nothing_lost()
 
 
-async def test_a_stop_with_both_stores_down_ends_in_time_and_the_next_start_delivers(world):
-    """Exit 0 within the drain's timeout; what was left is told by the next run, and delivered by it."""
+async def test_a_stop_with_both_stores_down_ends_by_itself_and_the_next_start_delivers(world):
+    """The drain gives up at its timeout, exit 0; what was left is told by the next run, and delivered by it."""
     await world.pod.start()
     await world.stores(up=False)
     await world.write(100)
     world.pod.terminate()
-    assert await world.pod.exit_code(seconds=15) == 0
+    assert await world.pod.exit_code(seconds=60) == 0
     await world.pod.start()
     left = (await world.pod.metrics())['sidecar_undelivered_at_exit{store="postgres"}']
     assert left == 100
