@@ -287,6 +287,37 @@ def test_the_mapped_columns_width_counts_where_it_is_smaller() -> None:
     assert screener.screen(b'{"service_name":"abc","request_data":[1]}', Form.JSON, INGEST).refused == []
 
 
+@pytest.mark.parametrize("field", ["application_id", "status_code", "processing_time_ms"])
+@pytest.mark.parametrize("lane", ["fast", "slow"])
+def test_the_mapped_columns_range_counts_where_it_is_narrower(field: str, lane: str) -> None:
+    """Both lanes: the ends of the range are let in, the next numbers are refused by the field's name; null is let in."""
+    screener = new_screener()
+    screener.narrow({}, {field: (-10, 20)}, "")
+    bounds = screener.bounds(INGEST)
+    for number, allowed in ((b"-11", False), (b"-10", True), (b"null", True), (b"20", True), (b"21", False)):
+        text = b'{"service_name":"s","%s":%s}' % (field.encode(), number)
+        if lane == "slow":
+            try:
+                screener.exactly(text, bounds, None, 0)
+                refused = []
+            except Refusal as error:
+                refused = [(error.field, error.rule)]
+        else:
+            refused = [(one.field, one.rule) for one in screener.screen(text, Form.JSON, INGEST).refused]
+            assert (screener.whole(text, Form.JSON, bounds, 1, None) is not None) is allowed
+        assert refused == ([] if allowed else [(field, Rule.RANGE)])
+
+
+def test_a_clients_id_is_no_computed_id_of_the_adopted_table() -> None:
+    """It would name a row that the database has numbered, or will; another table's are ids like any other."""
+    screener = new_screener()
+    screener.narrow({}, {}, "51deca70-0001-8000-")
+    text = b'{"service_name":"s","log_timestamp":"2026-01-01T00:00:00Z","log_id":"%s"}'
+    refused = screener.screen(text % b"51DECA70-0001-8000-a000-00000000002a", Form.JSON, INGEST).refused
+    assert [(one.field, one.rule) for one in refused] == [("log_id", Rule.LOG_ID)]
+    assert screener.screen(text % b"51deca70-0002-8000-a000-00000000002a", Form.JSON, INGEST).refused == []
+
+
 def test_every_spelling_has_one_field() -> None:
     """Snake, camel and Pascal names of the thirteen fields, and no two fields share one."""
     assert {SPELLINGS[spell(field)] for field in FIELDS for spell in _SPELLS} == set(FIELDS)

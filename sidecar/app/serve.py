@@ -32,6 +32,8 @@ from sidecar.api.server import build_app, build_ops
 from sidecar.api.tokens import TokenFile
 from sidecar.app import observe
 from sidecar.app.delivery import build_delivery, build_stores
+from sidecar.app.adopted import AdoptedTable
+from sidecar.app.consistency import ConsistencyService
 from sidecar.app.fleet import open_phase
 from sidecar.app.parts import FailClosed, PendingIn, ShadowTrouble
 from sidecar.app.phases import InForce
@@ -159,6 +161,8 @@ class _Sidecar:
         self._intake = self._build_intake()
         self._build_reads()
         parts = self._api_parts()
+        adopted = AdoptedTable(self._stores, self._settings.postgres, self._intake, self._spool, self._clock)
+        await adopted.start()
         control = self._build_control(parts)
         app = build_app(parts, (*query.routes(self._reads), *control.routes()), control.guard)
         listener = Listener(app, self._settings.listen.app, self._settings.listen)
@@ -182,6 +186,8 @@ class _Sidecar:
             self._ready = False
             for task in self._tasks:
                 task.cancel()
+        for name, part in adopted.tasks():
+            self._spawn(keep_running(name, part, clock=self._clock, died=lambda _name: None))
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await listener.stop(_GRACE)
         return await self._leave()

@@ -170,6 +170,10 @@ class Intake:
         """Take over the dedup window that the spool kept."""
         self.window.load((one.log_id, one.content) for one in seen)
 
+    def narrow(self, texts: Mapping[str, int], numbers: Mapping[str, tuple[int, int]], reserved: str) -> None:
+        """Hold the records of new requests against an adopted table's columns (``Screener.narrow``)."""
+        self._screener.narrow(texts, numbers, reserved)
+
     def stop(self, retry_after: int = 5) -> None:
         """Accept nothing more; requests under way are finished."""
         self._stopping = Busy("stopping", "this sidecar is stopping; send again shortly", retry_after)

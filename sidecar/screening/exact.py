@@ -5,6 +5,7 @@ The text was accepted as JSON before. Work is bounded: a payload longer than a r
 
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Final, NamedTuple, TypeVar
 
 import msgspec
@@ -56,6 +57,8 @@ class Bounds(NamedTuple):
     now_us: int
     latest_us: int  # the latest log_timestamp accepted
     text_limits: Mapping[str, int]  # characters, by field: ours or the mapped column's, the smaller
+    number_limits: Mapping[str, tuple[int, int]] = MappingProxyType({})  # by field, where a mapped column is narrower
+    reserved: str = ""  # what the computed ids of an adopted table's rows begin with; empty: none are
 
 
 def read(text: bytes, bounds: Bounds, stamps: Timestamps) -> Given:
@@ -104,6 +107,10 @@ def complete(given: Given, fresh_id: Callable[[], str], bounds: Bounds, *, keyed
     log_id = given.get("log_id")
     moment = given.get("log_timestamp")
     if isinstance(log_id, str):
+        if bounds.reserved and log_id.startswith(bounds.reserved):
+            raise Refusal(
+                "log_id", Rule.LOG_ID, "the id of a row that the adopted table numbers; leave it out to get another"
+            )
         if keyed:
             raise Refusal(
                 "log_id", Rule.LOG_ID, "not allowed beside an Idempotency-Key, which makes the ids; send one of them"
@@ -163,7 +170,8 @@ def _value(
     if rule.kind is Kind.BOOL:
         return _bool(field, source)
     if rule.kind in _INT_BOUND:
-        return _int(field, source, _INT_BOUND[rule.kind])
+        bound = _INT_BOUND[rule.kind]
+        return _int(field, source, *bounds.number_limits.get(field, (-bound, bound - 1)))
     text = source.decode() if rule.kind is Kind.PAYLOAD and source[0] != QUOTE else _text(field, source)
     if rule.kind is Kind.UUID:
         return _parsed(canonical, text, field, Rule.LOG_ID)
@@ -191,13 +199,13 @@ def _bool(field: str, source: bytes) -> bool:
     return source == b"true"
 
 
-def _int(field: str, source: bytes, bound: int) -> int:
+def _int(field: str, source: bytes, least: int, greatest: int) -> int:
     if not _integer.fullmatch(source):
         number = source[0] not in OPEN and _seen(source) == "a number"
         seen = "a number with a fraction or an exponent" if number else _seen(source)
         raise Refusal(field, Rule.TYPE, f"seen {seen}, allowed: a whole number written as digits, or null")
-    if len(source) > _INT_DIGITS or not -bound <= int(source) < bound:
-        raise Refusal(field, Rule.RANGE, f"out of range, allowed: {-bound} to {bound - 1}")
+    if len(source) > _INT_DIGITS or not least <= int(source) <= greatest:
+        raise Refusal(field, Rule.RANGE, f"out of range, allowed: {least} to {greatest}")
     return int(source)
 
 

@@ -90,10 +90,16 @@ class Screener:
         self._clock = clock
         self._minter = minter
         self._stamps = Timestamps()
+        self.narrow(column_limits, {}, "")
+
+    def narrow(self, texts: Mapping[str, int], numbers: Mapping[str, tuple[int, int]], reserved: str) -> None:
+        """Hold records against an adopted table from now on: its columns' widths and ranges, its computed ids."""
         limits = {name: rule.max_length for name, rule in RULES.items() if rule.max_length is not None}
-        for name, width in column_limits.items():
+        for name, width in texts.items():
             limits[name] = min(width, limits.get(name, width))
         self._text_limits: Mapping[str, int] = MappingProxyType(limits)
+        self._number_limits = MappingProxyType(dict(numbers))
+        self._reserved = reserved
 
     def screen(self, body: bytes, form: Form, ingest: Ingest, key: str | None = None) -> Screened:
         """All of a body at once; raises as ``steps``."""
@@ -112,7 +118,8 @@ class Screener:
         """What the records of one request are held against, from now on."""
         now = self._clock.now_us()
         latest = min(now + int(ingest.max_future * 1_000_000), LATEST)
-        return Bounds(ingest.max_record_bytes, ingest.max_depth, now, latest, self._text_limits)
+        texts, numbers = self._text_limits, self._number_limits
+        return Bounds(ingest.max_record_bytes, ingest.max_depth, now, latest, texts, numbers, self._reserved)
 
     # ---------------------------------------------------------------------------------------------- the fast lane
 
@@ -158,6 +165,7 @@ class Screener:
             fresh = derive_ids(key, range(first_index, first_index + len(wires)))
         now = bounds.now_us
         latest = bounds.latest_us
+        reserved = bounds.reserved
         depth = bounds.max_depth
         limits = bounds.text_limits
         type_limit = limits["log_type"]
@@ -302,7 +310,7 @@ class Screener:
                     texts += 1
                     own_ids = True
                     log_id = canonical(log_id)
-                    if key is not None:
+                    if key is not None or (reserved and log_id.startswith(reserved)):
                         raise _Doubt
                     if moment is None:
                         moment = version7_time(log_id)
@@ -332,7 +340,7 @@ class Screener:
                 )
         except ValueError:  # a timestamp, an id or a payload's UTF-8 that the slow lane will word
             return None
-        if quotes != 2 * (set_fields + strings):
+        if quotes != 2 * (set_fields + strings) or not _within(records, bounds.number_limits):
             return None
         encoded = list(map(encode, records))
         if encoded and max(map(len, encoded)) > bounds.max_record_bytes:
@@ -413,6 +421,15 @@ class Screener:
         if "log_id" not in given:
             flags = -1 if key is None else flags | ("log_timestamp" not in given) << 2
         return record, data, _content(record, data, flags)
+
+
+def _within(records: Sequence[LogRecord], limits: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether every number fits its column; nothing is looked at where no column is narrower than the field."""
+    for name, (least, greatest) in limits.items():
+        numbers = [number for record in records if (number := getattr(record, name)) is not None]
+        if numbers and not (least <= min(numbers) and max(numbers) <= greatest):
+            return False
+    return True
 
 
 def _content(record: LogRecord, encoded: bytes, flags: int) -> bytes | None:
