@@ -67,6 +67,7 @@ class State:
     tokens: float = 0.0
     refilled: float = 0.0
     connections: set["Connection"] = field(default_factory=set)
+    handlers: dict[str, Callable[[Any, bytes], bytes]] = field(default_factory=lambda: OPERATIONS)
 
     def stats(self) -> Json:
         return {
@@ -300,7 +301,7 @@ OPERATIONS: dict[str, Callable[[State, bytes], bytes]] = {
 
 TARGET = re.compile(rb"x-amz-target:\s*dynamodb_20120810\.(\w+)")
 LENGTH = re.compile(rb"content-length:\s*(\d+)")
-BY_LOWER = {name.lower().encode(): name for name in OPERATIONS}
+BY_LOWER = {name.lower().encode(): name for name in (*OPERATIONS, "UpdateTable", "DeleteTable")}
 
 
 def answer(status: int, body: bytes, kind: bytes = b"application/x-amz-json-1.0") -> bytes:
@@ -365,7 +366,7 @@ class Connection(asyncio.Protocol):
             reply = answer(500, ApiError("InternalServerError").body)
         else:
             try:
-                handler = OPERATIONS.get(operation)
+                handler = state.handlers.get(operation)
                 if handler is None:
                     raise ApiError("UnknownOperationException", operation)
                 reply = answer(200, handler(state, body))

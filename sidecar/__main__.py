@@ -5,7 +5,8 @@ EXIT CODES
 ====  =====================================================================================================
 0     done; for ``serve`` also a graceful stop
 1     the verb ran and its answer is no (a divergence was found, a check failed, ``wait`` and ``drain``: records or dead
-      letters are left, ``dead-letter`` by id: there is none, ``demo``: the proof failed)
+      letters are left, ``backfill``: records are refused or still missing, or it was told to stop,
+      ``dead-letter`` by id: there is none, ``demo``: the proof failed)
 2     the command line or the configuration is wrong, or a running sidecar refused the request: nothing was done
 3     the spool is refused: held by another sidecar, on a volatile file system, of a newer schema
 4     the spool failed: EIO or a failed fsync; a restart recovers
@@ -39,7 +40,7 @@ from sidecar.errors import (
     SpoolRefused,
     StoreError,
 )
-from sidecar.operator import arguments
+from sidecar.operator import arguments, backfill_arguments
 
 EXIT_CODES: Final[Mapping[type[SidecarError], int]] = MappingProxyType(
     {
@@ -140,6 +141,12 @@ def _store(args: argparse.Namespace) -> int:
     return commands.store(args)
 
 
+def _backfill(args: argparse.Namespace) -> int:
+    from sidecar.operator import backfill  # noqa: PLC0415
+
+    return _run(backfill.run(args))
+
+
 def _init_stores(args: argparse.Namespace) -> int:
     loaded = _load(args)
     from sidecar import app  # noqa: PLC0415  (as above)
@@ -184,6 +191,12 @@ VERBS: Final[Sequence[Verb]] = (
     Verb("drain", "deliver an orphaned spool until it is empty", _drain, arguments.for_drain),
     Verb("spool", "look into the spool: ls, cat, verify, export", _spool, arguments.for_spool),
     Verb("dead-letter", "ls, redrive, discard, export", _dead_letter, arguments.for_dead_letter),
+    Verb(
+        "backfill",
+        "copy what one store holds and the other lacks, and prove it",
+        _backfill,
+        backfill_arguments.for_backfill,
+    ),
     Verb("store", "pause, resume or bound the delivery to one store", _store, arguments.for_store),
     Verb("version", "the version of this program", _version, _without_arguments),
 )

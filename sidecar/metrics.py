@@ -76,6 +76,14 @@ OBSERVATIONS: Mapping[str, Observation] = {
     "undelivered_at_exit": Observation("gauge", "Records pending when the last run stopped.", _STORE),
     "shadow_sample_share": Observation("gauge", "Share of reads that is repeated on the other store now."),
     "dedup_ids": Observation("gauge", "Ids in the dedup window."),
+    # Of a backfill's own process, with --ops.
+    "backfill_stage": Observation("gauge", "1 for what the backfill is doing.", ("stage",)),
+    "backfill_records_total": Observation("counter", "Records of the run, by what became of them.", ("result",)),
+    "backfill_left_records": Observation("gauge", "Records found missing and not copied yet."),
+    "backfill_rate_limit_records": Observation("gauge", "Records per second that may be copied; +Inf: no bound."),
+    "backfill_consumed_capacity_units_total": Observation(
+        "counter", "Write capacity units that this process consumed.", ("target",)
+    ),
 }
 
 
