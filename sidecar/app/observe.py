@@ -121,3 +121,8 @@ def spool_status(spool: Spool) -> dict[str, object]:
         "divergence": [{"present_in": a, "missing_from": b, "records": n} for (a, b), n in spool.divergence().items()],
         "recovery": list(spool.recovery.messages),
     }
+
+
+def gaps_status(overflow: Overflow) -> list[dict[str, object]]:
+    """The part of ``/status`` about what stores were not given: open gaps of the fleet, as the ledgers were read last."""
+    return [{"store": store, "kind": kind, "records": n} for (store, kind), n in overflow.open_gaps().items() if n]

@@ -356,6 +356,7 @@ class _Sidecar:
             "stores": observe.delivery_status(self._spool, self._shippers, self._clock),
             "orders": self._delivery.steering.status(),
             "spool": observe.spool_status(self._spool),
+            "gaps": observe.gaps_status(self._overflow),
             "shadow_reads": self._shadow.status(),
             "configuration": {
                 "path": self._loaded.path,

@@ -10,7 +10,12 @@ import * as sections from "./sections.js";
 
 const STATUS_EVERY = 2_000; // milliseconds
 const REST_EVERY = 10_000;
-const REST = { migration: "/api/migration", fleet: "/api/migration/fleet", history: "/api/migration/history" };
+const REST = {
+  migration: "/api/migration",
+  fleet: "/api/migration/fleet",
+  history: "/api/migration/history",
+  validation: "/api/migration/validation",
+};
 const ABSENT = { state: "absent", body: null, error: "" };
 
 let routes = null; // paths that this sidecar serves; null: not known
@@ -32,15 +37,20 @@ async function learnRoutes() {
   if (answer.ok) routes = new Set(Object.keys(answer.body.paths || {}));
 }
 
+// A route that wants a token which this page does not have is not asked again.
 async function askRest() {
-  const names = Object.keys(REST);
-  const answers = await Promise.all(names.map((name) => (routes.has(REST[name]) ? ask(REST[name].slice(1)) : null)));
-  names.forEach((name, at) => {
-    const answer = answers[at];
-    if (!answer) rest[name] = ABSENT;
-    else if (answer.ok) rest[name] = { state: "answered", body: answer.body, error: "" };
-    else rest[name] = { state: "failed", body: rest[name].body, error: answer.error };
-  });
+  await Promise.all(
+    Object.entries(REST).map(async ([name, path]) => {
+      if (rest[name].state === "closed") return;
+      if (!routes.has(path)) {
+        rest[name] = ABSENT;
+        return;
+      }
+      const answer = await ask(path.slice(1));
+      const state = answer.ok ? "answered" : answer.status === 401 || answer.status === 403 ? "closed" : "failed";
+      rest[name] = { state, body: answer.ok ? answer.body : rest[name].body, error: answer.error };
+    }),
+  );
 }
 
 async function cycle() {
@@ -80,13 +90,13 @@ function draw(at) {
   const failed = Object.entries(rest)
     .filter(([, answer]) => answer.state === "failed")
     .map(([name, answer]) => `${REST[name]} did not answer: ${answer.error}.`);
-  sections.attention(last, "", failed);
+  sections.attention(last, "", failed, rest.migration.body?.forced);
   sections.phase(last, rest.migration);
   sections.stores(last);
   plot(byId("plots"), last.stores, at);
   sections.divergence(last);
   sections.gaps(last);
-  sections.validation(last);
+  sections.validation(rest.validation);
   letters(last.spool.dead_letters, routes?.has("/api/control/dead-letters/redrive") ?? false);
   sections.history(last, rest.history);
   sections.fleet(last, rest.fleet);

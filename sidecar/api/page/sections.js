@@ -10,9 +10,10 @@ const PHASES = [
   ["dynamo_only", "writes and reads DynamoDB"],
 ];
 const STATES = { up: "good", throttled: "warn", down: "bad", blocked: "bad", paused: "warn" };
+const LINES = 20; // of the history
 const PRESENCES = { live: "good", silent: "warn", gone: "bad", drained: "idle" };
 
-const label = (phase) => (typeof phase === "number" ? PHASES[phase]?.[0] : phase) || "–";
+const label = (phase) => (typeof phase === "number" ? PHASES[phase]?.[0] : phase) || "none";
 
 export function phase(status, migration) {
   const { phase: now } = status;
@@ -102,37 +103,78 @@ export function divergence(status) {
 }
 
 export function gaps(status) {
-  const known = status.gaps;
-  const rows = (known?.open || []).map((gap) => ({
-    key: `${gap.store}/${gap.kind}`,
-    cells: [gap.store, gap.kind, count(gap.records)],
-  }));
+  const rows = status.gaps.map((gap) => ({ key: `${gap.store}/${gap.kind}`, cells: [gap.store, gap.kind, count(gap.records)] }));
   fill(byId("gaps"), rows);
   show(byId("gaps-none"), rows.length === 0);
-  put(byId("gaps-none"), known ? "None." : "Not enabled in this sidecar.");
+  put(byId("gaps-none"), "None.");
 }
 
-export function validation(status) {
-  const last = status.validation;
-  show(byId("validation-none"), !last);
-  show(byId("validation"), Boolean(last));
-  if (!last) put(byId("validation-none"), "Not enabled in this sidecar.");
+const OUTCOMES = { clean: "good", divergent: "bad", failed: "bad", undecided: "warn", stopped: "warn", running: "idle" };
+
+export function validation(answer) {
+  const { body, state, error } = answer;
+  const last = body?.runs?.[0];
+  const said = {
+    absent: "Not enabled in this sidecar.",
+    closed: "Not shown: it needs the token of reads. Ask GET /api/migration/validation.",
+    failed: `It did not answer: ${error}`,
+    answered: last ? "" : "No validation has run yet.",
+  }[state];
+  put(byId("validation-none"), said);
+  show(byId("validation-none"), Boolean(said));
+  show(byId("validation"), Boolean(body));
+  if (!body) return;
+  const { days, tail, running } = body;
+  const pairs = [];
+  if (last) {
+    const found = last.error || last.discrepancies.join("; ") || "no difference";
+    pairs.push(
+      ["Last run", { text: last.outcome, mark: OUTCOMES[last.outcome] || "idle" }],
+      ["Found", found],
+      ["Window (UTC)", `${last.start ? moment(last.start) : "everything"} to ${moment(last.end)}`],
+      ["Records", `${count(last.sql_record_count)} in PostgreSQL, ${count(last.dynamo_db_record_count)} in DynamoDB`],
+      ["Finished (UTC)", last.finished_at ? moment(last.finished_at) : "not yet"],
+      ["Compared", last.mode],
+    );
+  }
+  if (tail) {
+    const clean = tail.unexplained === 0;
+    const text = clean ? `clean, ${count(tail.compared)} compared` : `${count(tail.unexplained)} unexplained of ${count(tail.compared)}`;
+    pairs.push(["Newest records", { text, mark: clean ? "good" : "bad" }]);
+  }
+  if (days) {
+    const all = days.clean === days.known;
+    pairs.push(["Days clean", { text: `${count(days.clean)} of ${count(days.known)}`, mark: all ? "good" : "warn" }]);
+    if (days.unclean.length) pairs.push(["Days not clean", some(days.unclean)]);
+    if (days.stale.length) pairs.push(["Days to validate again", some(days.stale)]);
+  }
+  if (running) pairs.push(["Running here", running.request ? "a request" : running.tail ? "the newest records" : "nothing"]);
+  facts(byId("validation"), pairs);
 }
 
+const some = (list) => (list.length > 5 ? `${list.slice(0, 5).join(", ")} and ${list.length - 5} more` : list.join(", "));
+
+// lines: of /api/migration/history, or of /status where that route did not answer.
 export function history(status, answer) {
-  const made = answer.body?.transitions || status.phase.history.toReversed();
-  const rows = made.map((step) => {
-    const red = (step.overridden || []).join(", ");
-    const how = step.forced ? { text: red ? `forced over ${red}` : "forced", mark: "warn" } : { text: "passed", mark: "good" };
-    const from = step.source === null || step.source === undefined ? "none" : label(step.source);
-    const when = step.at ?? step.at_us;
-    return {
-      key: `${when}/${from}/${label(step.target)}`,
-      cells: [moment(when), from, label(step.target), step.epoch, step.by, step.why, how],
-    };
+  const lines = answer.body?.history || status.phase.history.toReversed();
+  const rows = lines.slice(0, LINES).map((line) => {
+    const at = line.at ?? line.at_us;
+    const [from, to] = [line.from ?? line.source, line.to ?? line.target];
+    const done = line.action ? `${line.action}: ${line.outcome}` : "step: done";
+    const key = [at, done, line.id, from, to].join("/");
+    return { key, cells: [moment(at), done, label(from), label(to), line.epoch, line.by, line.why, evidence(line)] };
   });
   fill(byId("history"), rows);
   show(byId("history-none"), rows.length === 0);
+}
+
+function evidence(line) {
+  const seen = Array.isArray(line.evidence)
+    ? line.evidence.map((one) => `${one.gate}: ${one.observed}`)
+    : [line.evidence, ...(line.overridden || [])].filter(Boolean);
+  if (line.forced) return { text: ["forced", ...seen].join("; "), mark: "warn" };
+  if (line.outcome === "refused") return { text: seen.join("; ") || "refused", mark: "bad" };
+  return { text: seen.join("; ") || "–", mark: "" };
 }
 
 export function fleet(status, answer) {
@@ -148,25 +190,32 @@ export function fleet(status, answer) {
       ["Instances", counted.join(", ") || "only the one that leads knows"],
     ]);
   }
-  const members = answer.body?.instances || [];
-  const rows = members.map((one) => ({
+  const members = (own && answer.body?.instances) || [];
+  fill(byId("fleet"), members.map(member));
+  const said = [];
+  if (!own) said.push("Not enabled: this sidecar follows its own configuration and knows of no other.");
+  if (answer.state === "failed") said.push(`The fleet did not answer: ${answer.error}`);
+  for (const [store, why] of Object.entries(answer.body?.unreachable || {})) said.push(`Not read from ${store}: ${why}.`);
+  put(byId("fleet-none"), said.join(" "));
+  show(byId("fleet-none"), said.length > 0);
+}
+
+function member(one) {
+  const oldest = Math.max(0, ...Object.values(one.oldest_pending_age_seconds || {}));
+  return {
     key: `${one.instance}/${one.incarnation}`,
     cells: [
       one.instance,
-      { text: one.fenced ? `${one.presence}, fenced` : one.presence, mark: one.fenced ? "warn" : PRESENCES[one.presence] || "idle" },
+      { text: one.fenced ? `${one.state}, fenced` : one.state, mark: one.fenced ? "warn" : PRESENCES[one.state] || "idle" },
       label(one.phase),
       one.epoch,
       count(total(one.pending)),
+      age(oldest),
       count(total(one.dead_letters)),
       one.version,
       `${age(one.unchanged_seconds)} ago`,
     ],
-  }));
-  fill(byId("fleet"), rows);
-  const none = byId("fleet-none");
-  show(none, answer.state === "failed" || (rows.length === 0 && !own));
-  if (!own && answer.state !== "failed") put(none, "Not enabled: this sidecar follows its own configuration and knows of no other.");
-  else if (answer.state === "failed") put(none, `The fleet did not answer: ${answer.error}`);
+  };
 }
 
 const total = (by) => Object.values(by || {}).reduce((sum, n) => sum + n, 0);
@@ -187,7 +236,7 @@ export function buffer(status) {
 }
 
 // What somebody who has just opened the page should know first, worst first.
-export function attention(status, lost, failed) {
+export function attention(status, lost, failed, forced = null) {
   const found = [];
   const add = (mark, text) => found.push({ mark, text });
   if (lost) add("bad", lost);
@@ -206,6 +255,7 @@ export function attention(status, lost, failed) {
     if (now.hold) add("warn", `The step from ${now.applied} to ${now.desired} is held by ${now.hold.gate}: ${now.hold.observed}; required: ${now.hold.required}.`);
     const last = now.history.at(-1);
     if (last?.forced) add("warn", `The last step was forced by ${last.by}: ${last.why || "no reason given"}.`);
+    if (forced) add("warn", `phase_force is stated: ${forced}; red gates are overridden until it is removed.`);
     const dead = Object.values(spool.dead_letters).reduce((sum, n) => sum + n, 0);
     if (dead) add("warn", `Dead letters that wait for a decision: ${count(dead)}.`);
     if (!file.last_reload_successful) add("bad", "The configuration file was refused; the last good one is in force.");
