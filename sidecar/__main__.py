@@ -6,7 +6,7 @@ EXIT CODES
 0     done; for ``serve`` also a graceful stop
 1     the verb ran and its answer is no (a divergence was found, a check failed, ``wait`` and ``drain``: records or dead
       letters are left, ``backfill``: records are refused or still missing, or it was told to stop,
-      ``dead-letter`` by id: there is none, ``demo``: the proof failed)
+      ``dead-letter`` by id: there is none, ``demo``: the proof failed, ``adopt --plan``: something is to be done)
 2     the command line or the configuration is wrong, or a running sidecar refused the request: nothing was done
 3     the spool is refused: held by another sidecar, on a volatile file system, of a newer schema
 4     the spool failed: EIO or a failed fsync; a restart recovers
@@ -148,6 +148,24 @@ def _backfill(args: argparse.Namespace) -> int:
 
 
 def _init_stores(args: argparse.Namespace) -> int:
+def _validate(args: argparse.Namespace) -> int:
+    from sidecar.operator import validate  # noqa: PLC0415
+
+    return _run(validate.validate(args))
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from sidecar.operator import validate  # noqa: PLC0415
+
+    return _run(validate.repair(args))
+
+
+def _adopt(args: argparse.Namespace) -> int:
+    from sidecar.operator import adopt  # noqa: PLC0415
+
+    return _run(adopt.adopt(args))
+
+
     loaded = _load(args)
     from sidecar import app  # noqa: PLC0415  (as above)
 
@@ -188,6 +206,7 @@ VERBS: Final[Sequence[Verb]] = (
     Verb("print-config", "every setting in force, secrets masked", _print_config, arguments.with_config),
     Verb("init-stores", "create the tables and indexes that are missing", _init_stores, arguments.with_config),
     Verb("wait", "until nothing is pending (for a preStop hook)", _wait, arguments.for_wait),
+    Verb("adopt", "what an existing table still needs to hold records: plan it, apply it", _adopt, arguments.for_adopt),
     Verb("drain", "deliver an orphaned spool until it is empty", _drain, arguments.for_drain),
     Verb("spool", "look into the spool: ls, cat, verify, export", _spool, arguments.for_spool),
     Verb("dead-letter", "ls, redrive, discard, export", _dead_letter, arguments.for_dead_letter),

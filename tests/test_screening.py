@@ -290,7 +290,7 @@ def test_the_mapped_columns_width_counts_where_it_is_smaller() -> None:
 @pytest.mark.parametrize("field", ["application_id", "status_code", "processing_time_ms"])
 @pytest.mark.parametrize("lane", ["fast", "slow"])
 def test_the_mapped_columns_range_counts_where_it_is_narrower(field: str, lane: str) -> None:
-    """Both lanes: the ends of the range are let in, the next numbers are refused by the field's name; null is let in."""
+    """Both lanes: the ends of the range and null are let in, the next numbers are refused by the field's name."""
     screener = new_screener()
     screener.narrow({}, {field: (-10, 20)}, "")
     bounds = screener.bounds(INGEST)

@@ -104,6 +104,18 @@ def for_store(parser: argparse.ArgumentParser) -> None:
         _why(sub, required=True)
 
 
+def for_adopt(parser: argparse.ArgumentParser) -> None:
+    """Adopt."""
+    with_config(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--plan", action="store_true", help="print what would be done, as SQL; this is the default")
+    what.add_argument("--apply", action="store_true", help="print it, and do it once the table's name was confirmed")
+    parser.add_argument("--confirm", metavar="SCHEMA.TABLE", help="for --apply where nobody can be asked")
+    parser.add_argument(
+        "--without-read-indexes", action="store_true", help="leave out the indexes that only make reads cheap"
+    )
+
+
 def for_wait(parser: argparse.ArgumentParser) -> None:
     """Wait."""
     _where(parser)
