@@ -116,22 +116,19 @@ class Crew:
         assert not [each for each in outcomes if each is not None], outcomes
 
     async def writes(self, *names: str, n: int = 30) -> None:
-        """Await that some (all where none is named) have acknowledged ``n`` more records."""
-        for name in names or self.pods:
-            before = self._acked_by(name)
-
-            async def more(name: str = name, before: int = before) -> bool:
-                return self._acked_by(name) >= before + n
-
-            await eventually(more, what=f"{name} acknowledges")
+        """Await that each of some (all where none is named) has acknowledged ``n`` more records."""
+        goals = {name: self._acked_by(name) + n for name in names or self.pods}
+        await eventually(
+            lambda: all(self._acked_by(name) >= goal for name, goal in goals.items()), what=f"acknowledged by {goals}"
+        )
 
     async def reads(self, store: str, *names: str, n: int = 10) -> None:
-        """Await that some (all where none is named) have answered ``n`` more reads from a store."""
-        for name in names or self.pods:
-            before = self.found[name, store]
-            await eventually(
-                lambda name=name, before=before: self.found[name, store] >= before + n, what=f"{name} reads {store}"
-            )
+        """Await that each of some (all where none is named) has answered ``n`` more reads from a store."""
+        goals = {name: self.found[name, store] + n for name in names or self.pods}
+        await eventually(
+            lambda: all(self.found[name, store] >= goal for name, goal in goals.items()),
+            what=f"{store} read by {goals}",
+        )
 
     def _acked_by(self, name: str) -> int:
         return sum(where.startswith(f"{name} ") for where in self.acked.values())
@@ -140,34 +137,35 @@ class Crew:
         number = 0
         while not done.is_set():
             number += 1
-            batch = [
-                {
-                    "log_id": str(uuid.uuid4()),
-                    "log_timestamp": f"{random.choice(HOURS)}:{number % 60:02d}:00Z",
-                    "service_name": "orders",
-                    "application_id": number,
-                    "request_data": name,
-                }
-                for _ in range(_BATCH)
-            ]
-            try:
-                async with self.http.post(
-                    f"{self.pods[name].url}/logs", json=batch, headers={"Prefer": "wait=2"}
-                ) as answer:
-                    document = await answer.json(content_type=None)
-                    status = answer.status
-            except aiohttp.ClientError:  # killed, or being started
-                await asyncio.sleep(0.02)
-                continue
-            if status not in (201, 202):
-                self.refused[name, status, document["error"]["code"]] += 1
-                await asyncio.sleep(0.02)
-                continue
-            for record in batch:
-                self.acked[str(record["log_id"])] = f"{name} {document['phase']} {status}"
-            if status == 201:
-                self.recent.extend(str(record["log_id"]) for record in batch)
+            await self._post(name, number)
             await asyncio.sleep(_PAUSE)
+
+    async def _post(self, name: str, number: int) -> None:
+        batch = [
+            {
+                "log_id": str(uuid.uuid4()),
+                "log_timestamp": f"{random.choice(HOURS)}:{number % 60:02d}:00Z",
+                "service_name": "orders",
+                "application_id": number,
+                "request_data": name,
+            }
+            for _ in range(_BATCH)
+        ]
+        try:
+            async with self.http.post(
+                f"{self.pods[name].url}/logs", json=batch, headers={"Prefer": "wait=2"}
+            ) as answer:
+                document = await answer.json(content_type=None)
+                status = answer.status
+        except aiohttp.ClientError:  # killed, or being started
+            return
+        if status not in (201, 202):
+            self.refused[name, status, document["error"]["code"]] += 1
+            return
+        for record in batch:
+            self.acked[str(record["log_id"])] = f"{name} {document['phase']} {status}"
+        if status == 201:
+            self.recent.extend(str(record["log_id"]) for record in batch)
 
     async def _read(self, name: str, done: asyncio.Event) -> None:
         while not done.is_set():
@@ -191,10 +189,10 @@ class Crew:
             self.refused[name, status, document["error"]["code"]] += 1
 
     @asynccontextmanager
-    async def waiting_reads(self, name: str, n: int = 20) -> AsyncIterator[None]:
-        """What was confirmed last is asked for at an instance that is stopped; all is answered when the block ends."""
-        asked = list(self.recent)[-n:]
-        tasks = [asyncio.create_task(self._ask(name, log_id)) for log_id in asked]
+    async def waiting(self, name: str, n: int = 20) -> AsyncIterator[None]:
+        """Writes, and reads of what was confirmed last, wait for an instance that is stopped; answered by the end."""
+        asked = [self._ask(name, log_id) for log_id in list(self.recent)[-n:]]
+        tasks = [asyncio.create_task(call) for call in (*asked, *(self._post(name, number) for number in range(n)))]
         await asyncio.sleep(0.1)  # the requests lie in its sockets; nobody could tell when
         yield
         await asyncio.gather(*tasks)
