@@ -41,6 +41,7 @@ from sidecar.errors import (
     StoreError,
 )
 from sidecar.operator import arguments, backfill_arguments
+from sidecar.operator.validate_arguments import for_repair, for_validate
 
 EXIT_CODES: Final[Mapping[type[SidecarError], int]] = MappingProxyType(
     {
@@ -147,6 +148,18 @@ def _backfill(args: argparse.Namespace) -> int:
     return _run(backfill.run(args))
 
 
+def _validate(args: argparse.Namespace) -> int:
+    from sidecar.operator import validate  # noqa: PLC0415
+
+    return _run(validate.validate(args))
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from sidecar.operator import validate  # noqa: PLC0415
+
+    return _run(validate.repair(args))
+
+
 def _init_stores(args: argparse.Namespace) -> int:
 def _validate(args: argparse.Namespace) -> int:
     from sidecar.operator import validate  # noqa: PLC0415
@@ -216,6 +229,8 @@ VERBS: Final[Sequence[Verb]] = (
         _backfill,
         backfill_arguments.for_backfill,
     ),
+    Verb("validate", "compare the two stores, exactly", _validate, for_validate),
+    Verb("repair", "insert what one store lacks; a dry run unless --apply", _repair, for_repair),
     Verb("store", "pause, resume or bound the delivery to one store", _store, arguments.for_store),
     Verb("version", "the version of this program", _version, _without_arguments),
 )

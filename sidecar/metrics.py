@@ -56,6 +56,12 @@ OBSERVATIONS: Mapping[str, Observation] = {
     "open_gap_records": Observation(
         "gauge", "Records that a store was not given, as the gap ledgers were read last.", ("store", "kind")
     ),
+    "divergence_at_rest_records": Observation(
+        "gauge", "Differences that the last validation found, by reason.", ("class",)
+    ),
+    "validation_last_success_timestamp_seconds": Observation("gauge", "When a validation was last finished."),
+    "validation_last_clean_timestamp_seconds": Observation("gauge", "When a validation last found no difference."),
+    "validation_running": Observation("gauge", "1 while this instance compares the stores."),
     "phase": Observation("gauge", "1 for the phase that is applied.", ("phase",)),
     "desired_phase": Observation("gauge", "1 for the phase that is asked for.", ("phase",)),
     "phase_epoch": Observation("gauge", "Epoch of the applied phase."),

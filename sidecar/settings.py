@@ -188,6 +188,19 @@ class Phases(_Section, frozen=True):
     max_validation_age: Seconds = 6 * 3600.0  # a validation of the last 48 h that is older no longer opens a gate
 
 
+class Validation(_Section, frozen=True):
+    """Comparing the two stores, all the time. One instance at a time does it, whichever has the lease."""
+
+    # how often the newest records are compared; 0 = off. Each time DynamoDB's whole service index is read
+    interval: Seconds = 3600.0
+    window: Annotated[float, msgspec.Meta(ge=48 * 3600, title="seconds")] = 48 * 3600.0  # how far back, to a midnight
+    rate: Annotated[float, msgspec.Meta(ge=0)] = 5_000.0  # records of either store compared a second; 0 = no bound
+    # how long sidecars are waited for, and how long a difference must last where not all of them could be asked
+    settle: Annotated[float, msgspec.Meta(ge=0, le=600, title="seconds")] = 30.0
+    # where somebody removes older rows from PostgreSQL: what it lacks beyond is expired, not missing
+    postgres_retention_days: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
 class Control(_Section, frozen=True):
     """Who may change anything."""
 
@@ -270,6 +283,7 @@ class Settings(_Section, frozen=True):
     postgres: Postgres = Postgres()
     dynamodb: DynamoDB = DynamoDB()
     phases: Phases = Phases()
+    validation: Validation = Validation()
     control: Control = Control()
     reads: Reads = Reads()
     drain: Drain = Drain()
@@ -291,6 +305,7 @@ LIVE: Final = frozenset(
         "retry",
         "phases",
         "reads",
+        "validation",
         "drain",
         "logging",
     }

@@ -78,6 +78,7 @@ class RunLine(msgspec.Struct, frozen=True, kw_only=True):
     reasons: dict[str, int] = {}
     today: dict[str, int] = {}  # counts of the day that ``next_us`` is in, so far
     today_reasons: dict[str, int] = {}
+    gaps_used: dict[str, int] = {}  # store/hour -> records that its open gap explained, of the hour of ``next_us``
     examples: tuple[Example, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -102,6 +103,10 @@ class ValidationLedger(Protocol):
 
     async def runs(self, limit: int) -> Sequence[RunLine]:
         """The last ones, newest first."""
+        ...
+
+    async def baseline(self) -> RunLine | None:
+        """The last finished run over everything: it found out which days there are."""
         ...
 
     async def note_writes(self, days: Mapping[int, int]) -> None:
@@ -129,6 +134,7 @@ class MemoryLedger:
         self._days: dict[int, DayVerdict] = {}
         self._runs: dict[str, RunLine] = {}
         self._writes: dict[int, int] = {}
+        self._baseline: RunLine | None = None
 
     async def put_days(self, verdicts: Sequence[DayVerdict]) -> None:
         """The one that began last stays."""
@@ -144,10 +150,16 @@ class MemoryLedger:
     async def put_run(self, line: RunLine) -> None:
         """By id."""
         self._runs[line.id] = line
+        if line.everything and line.finished_us is not None:
+            self._baseline = line
 
     async def runs(self, limit: int) -> Sequence[RunLine]:
         """Newest first."""
         return sorted(self._runs.values(), key=lambda line: (line.started_us, line.id), reverse=True)[:limit]
+
+    async def baseline(self) -> RunLine | None:
+        """The one that was put last."""
+        return self._baseline
 
     async def note_writes(self, days: Mapping[int, int]) -> None:
         """The latest time stays."""

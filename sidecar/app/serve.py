@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from sidecar import jsonlog
 from sidecar.api import query
 from sidecar.api.body import Budget
+from sidecar.api.consistency import Consistency
 from sidecar.api.control import Control
 from sidecar.api.guard import Guard
 from sidecar.api.listener import Listener
@@ -31,6 +32,7 @@ from sidecar.api.parts import ApiParts, Found, OpsParts, Readiness
 from sidecar.api.server import build_app, build_ops
 from sidecar.api.tokens import TokenFile
 from sidecar.app import observe
+from sidecar.app.consistency import ConsistencyService
 from sidecar.app.delivery import build_delivery, build_stores
 from sidecar.app.adopted import AdoptedTable
 from sidecar.app.consistency import ConsistencyService
@@ -111,6 +113,7 @@ class _Sidecar:
         self._overflow: Overflow
         self._intake: Intake
         self._reads: Reads
+        self._consistency: ConsistencyService
         self._shadow: Shadow
         self._watcher: Watcher
 
@@ -164,13 +167,24 @@ class _Sidecar:
         adopted = AdoptedTable(self._stores, self._settings.postgres, self._intake, self._spool, self._clock)
         await adopted.start()
         control = self._build_control(parts)
-        app = build_app(parts, (*query.routes(self._reads), *control.routes()), control.guard)
+        self._consistency = ConsistencyService(
+            self._stores,
+            self._spool,
+            lambda: self._settings,
+            self._phase,
+            metrics=self._metrics,
+            instance=self._instance(),
+            clock=self._clock,
+        )
+        consistency = Consistency(self._consistency, control.guard, parts.budget)
+        routes = (*query.routes(self._reads), *control.routes(), *consistency.routes())
+        app = build_app(parts, routes, control.guard)
         listener = Listener(app, self._settings.listen.app, self._settings.listen)
         for name, shipper in self._shippers.items():
             self._spawn(keep_running(name, shipper.run, clock=self._clock, died=self._died))
         await self._phase.start()
         overflow = (("overflow", self._overflow.run), ("gap ledgers", self._overflow.watch))
-        for name, part in (*overflow, *self._phase.tasks()):
+        for name, part in (*overflow, *self._phase.tasks(), *self._consistency.tasks()):
             self._spawn(keep_running(name, part, clock=self._clock, died=lambda _name: None))
         self._spawn(keep_running("shadow reads", self._shadow.run, clock=self._clock, died=lambda _name: None))
         await listener.start()
@@ -395,6 +409,7 @@ class _Sidecar:
         if self._failure is not None:
             return _EXIT_SPOOL_FAILED
         await self._phase.leave()
+        await self._consistency.leave()
         left = {name: self._spool.counters(name).pending for name in STORES}
         await self._spool.set_meta("undelivered_at_exit", ",".join(f"{s}={n}" for s, n in left.items()))
         log.info("stopped", extra={f"undelivered_{name}": n for name, n in left.items()})

@@ -21,10 +21,13 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 from sidecar.clock import Clock
-from sidecar.consistency.types import DIVERGENT, MISSING, Candidate, Difference, Reason, Settled, Window
+from sidecar.consistency.patience import patiently
+from sidecar.consistency.types import DIVERGENT, FIRST_US, MISSING, Candidate, Difference, Reason, Settled, Window
+from sidecar.errors import StoreError
 from sidecar.gaps import GapLine, summed
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
 from sidecar.record import LogRecord, digest
@@ -33,6 +36,7 @@ from sidecar.stores.base import Store
 
 HOUR_US: Final = 3_600_000_000
 _AT_ONCE: Final = 8  # records read at a time
+_UNREADABLE: Final = "UnreadableAnswer"  # code of an answer, here an item, that is not what a sidecar writes
 _TASKS: Final = 256  # waiting for their turn to be read
 _PAUSE: Final = 1.0  # seconds between two looks at what does not go away
 _COMPUTED: Final = re.compile("51deca70-[0-9a-f]{4}-8000-.*")  # ids computed from rows that no sidecar wrote
@@ -105,7 +109,8 @@ class Explainer:
         self._window = window
         self._rules = rules
         self._clock = clock
-        self._used: Counter[tuple[StoreName, int]] = Counter()
+        self.used: Counter[tuple[StoreName, int]] = Counter()
+        """How many records of an hour were explained by the store's gap so far."""
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self.settled = Settled()
 
@@ -113,7 +118,7 @@ class Explainer:
         """What is left of candidates that were read by ``read_at`` (monotonic seconds), in their order."""
         if not candidates:
             return []
-        self.settled = await self._whereabouts.settle(self._rules.settle)
+        self.settled = await patiently(lambda: self._whereabouts.settle(self._rules.settle), self._clock)
         found = await self._look(candidates)
         if not self.settled.knows_all:
             while True:
@@ -128,8 +133,10 @@ class Explainer:
         return await self._expected(found)
 
     async def _look(self, candidates: Sequence[Candidate]) -> list[Difference]:
-        fates = await self._whereabouts.fates([c.log_id for c in candidates])
-        found: list[Difference] = []
+        found = [Difference(c.log_id, c.log_timestamp, Reason.EXPIRED) for c in candidates if self._expired(c)]
+        candidates = [c for c in candidates if not self._expired(c)]
+        ids = [c.log_id for c in candidates]
+        fates = await patiently(lambda: self._whereabouts.fates(ids), self._clock)
         for start in range(0, len(candidates), _TASKS):
             part = candidates[start : start + _TASKS]
             looks = await _all([self._one(each, fates.get(each.log_id, {})) for each in part])
@@ -138,7 +145,14 @@ class Explainer:
 
     async def _one(self, seen: Candidate, fates: Mapping[StoreName, Known]) -> Difference | None:
         async with self._slots:
-            sql, dynamo = await asyncio.gather(self._sql.get(seen.log_id), self._dynamo.get(seen.log_id))
+            sql = await patiently(partial(self._sql.get, seen.log_id), self._clock)
+            try:
+                dynamo = await patiently(partial(self._dynamo.get, seen.log_id), self._clock)
+            except StoreError as error:
+                if error.code != _UNREADABLE:
+                    raise
+                detail = "an item under this id is none that a sidecar writes"
+                return Difference(seen.log_id, seen.log_timestamp, Reason.FOREIGN_WRITER, sql, None, detail)
         if sql == dynamo:
             return None
         if sql is not None and dynamo is not None:
@@ -151,6 +165,15 @@ class Explainer:
         reason, detail = self._missing(present, lacking, fates.get(lacking), seen)
         return Difference(present.log_id, present.log_timestamp, reason, sql, dynamo, detail)
 
+    def _expired(self, seen: Candidate) -> bool:
+        """Of an entry that one scan alone has: whether the other store keeps nothing that old. Not worth a read."""
+        lacking = DYNAMODB if seen.dynamo is None else POSTGRES if seen.sql is None else None
+        return lacking is not None and seen.log_timestamp < self._kept_from(lacking)
+
+    def _kept_from(self, store: StoreName) -> int:
+        kept_from = (self._rules.kept_from_us or {}).get(store)
+        return FIRST_US if kept_from is None else kept_from()
+
     def _inside(self, time: int) -> bool:
         return self._window.start_us <= time < self._window.end_us
 
@@ -158,8 +181,7 @@ class Explainer:
         self, record: LogRecord, lacking: StoreName, known: Known | None, seen: Candidate
     ) -> tuple[Reason, str]:
         """Why ``lacking`` has no record; what only the ledger can explain is looked at last."""
-        kept_from = (self._rules.kept_from_us or {}).get(lacking)
-        if kept_from is not None and record.log_timestamp < kept_from():
+        if record.log_timestamp < self._kept_from(lacking):
             return Reason.EXPIRED, ""
         if known is not None and known.fate in _OF_FATE:
             return _OF_FATE[known.fate], known.retry_class
@@ -175,9 +197,9 @@ class Explainer:
         if not any(d.reason in DIVERGENT and len(d.present_in) == 1 for d in found):
             return list(found)
         room: Counter[tuple[StoreName, int]] = Counter()
-        for line in summed(await self._gaps()):
+        for line in summed(await patiently(self._gaps, self._clock)):
             room[line.store, line.hour] += line.open
-        room.subtract(self._used)
+        room.subtract(self.used)
         decided = []
         for each in found:
             if each.reason in DIVERGENT and each.reason is not Reason.DEAD_LETTER and len(each.present_in) == 1:
@@ -185,7 +207,7 @@ class Explainer:
                 key = lacking, each.log_timestamp // HOUR_US
                 if room[key] > 0:
                     room[key] -= 1
-                    self._used[key] += 1
+                    self.used[key] += 1
                     decided.append(_because(each, Reason.EXPECTED_GAP))
                     continue
                 each = self._on_its_way(each, lacking)  # noqa: PLW2901  (the same difference, decided)

@@ -15,18 +15,19 @@ BOUNDS: memory by ``_CANDIDATES``; the stores' load by ``rate`` (records of eith
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 
 from sidecar.clock import Clock
 from sidecar.consistency import report
-from sidecar.consistency.explain import Explainer, Gaps, Rules, Whereabouts
+from sidecar.consistency.explain import HOUR_US, Explainer, Gaps, Rules, Whereabouts
 from sidecar.consistency.merge import Merge, Tally
+from sidecar.consistency.patience import PASSING, TRIES, patiently, pause
 from sidecar.consistency.types import Candidate, Difference, Window, outcome_of
-from sidecar.errors import SidecarError
+from sidecar.errors import SidecarError, StoreError
 from sidecar.gaps import GapLine
 from sidecar.phase import DYNAMODB, POSTGRES, StoreName
 from sidecar.record import digest
@@ -110,7 +111,7 @@ class Validator:
         *,
         resume: RunLine | None = None,
         progress: Callable[[Progress], None] = lambda _: None,
-        found: Callable[[Sequence[Difference]], None] = lambda _: None,
+        found: Callable[[Sequence[Difference]], Awaitable[None]] | None = None,
     ) -> RunLine:
         """Compare; the finished line. ``found`` is given every difference, shown or not.
 
@@ -177,27 +178,64 @@ class _Run:
         self._options = options
         self._clock = clock
         self.line = line
+        self._safe = line  # as of the last checkpoint
         self._tallies: dict[int, Tally] = {}
+        self._next_day = 0
+
+    def _load(self, explainer: Explainer) -> None:
+        """Go on from what the line says."""
+        line = self.line
+        self._tallies = {}
         if line.today:
-            self._tallies[line.next_us // DAY_US] = Tally(
-                line.today["sql"], line.today["dynamo"], line.today["matched"], report.counted(line.today_reasons)
-            )
+            counts = Tally(line.today["sql"], line.today["dynamo"], line.today["matched"])
+            counts.reasons.update(line.today_reasons)
+            self._tallies[line.next_us // DAY_US] = counts
         self._next_day = max(-(-line.start_us // DAY_US), line.next_us // DAY_US)
+        explainer.used.clear()
+        for name, number in line.gaps_used.items():
+            store, _, hour = name.partition("/")
+            explainer.used[cast("StoreName", store), int(hour)] = number
 
     async def keep(self) -> None:
         """Keep the line."""
         if self._options.keep:
             self.line = msgspec.structs.replace(self.line, updated_us=self._clock.now_us())
-            await self._ledger.put_run(self.line)
+            await patiently(lambda: self._ledger.put_run(self.line), self._clock)
 
     async def compare(
         self,
         explainer: Explainer,
         progress: Callable[[Progress], None],
-        found: Callable[[Sequence[Difference]], None],
+        found: Callable[[Sequence[Difference]], Awaitable[None]] | None,
     ) -> None:
-        """Stretch by stretch to the end of the window."""
+        """Stretch by stretch to the end of the window; from the last checkpoint again after a passing failure."""
+        attempt = 0
+        while True:
+            before = self.line
+            self._load(explainer)
+            try:
+                await self._pass(explainer, progress, found)
+                break
+            except StoreError as error:
+                attempt = 0 if self._safe.next_us > before.next_us else attempt + 1
+                self.line = self._safe
+                if error.retry_class not in PASSING or attempt == TRIES:
+                    raise
+            await self._clock.sleep(pause(attempt))
+        reasons = self.line.reasons
+        self.line = msgspec.structs.replace(
+            self.line, outcome=outcome_of(reasons), finished_us=self._clock.now_us(), today={}, today_reasons={}
+        )
+        await self.keep()
+
+    async def _pass(
+        self,
+        explainer: Explainer,
+        progress: Callable[[Progress], None],
+        found: Callable[[Sequence[Difference]], Awaitable[None]] | None,
+    ) -> None:
         start, end = self.line.next_us, self.line.end_us
+        self._safe = self.line
         scans = [self._scan(self._stores[name], start, end) for name in (POSTGRES, DYNAMODB)]
         merge = Merge(scans[0], scans[1], self._tallies)
         pace = _Pace(self._options.rate, self._clock)
@@ -216,17 +254,14 @@ class _Run:
                     progress(Progress(merge.position_us or end, merge.compared, total))
                     await pace.took(merge.compared - before)
                 differences = await explainer.differences(candidates, self._clock.monotonic())
-                found(differences)
+                if found is not None:
+                    await found(differences)
                 total += len(differences)
                 self._count(differences, explainer)
-                await self._checkpoint(merge.position_us)
+                await self._checkpoint(merge.position_us, explainer)
+                self._safe = self.line
         finally:
             await merge.close()
-        reasons = self.line.reasons
-        self.line = msgspec.structs.replace(
-            self.line, outcome=outcome_of(reasons), finished_us=self._clock.now_us(), today={}, today_reasons={}
-        )
-        await self.keep()
 
     def _scan(self, store: Store, start: int, end: int) -> AsyncIterator[ScanEntry]:
         return _hashed(store, start, end) if self._options.deep else store.scan(start, end)
@@ -244,14 +279,15 @@ class _Run:
             self.line, reasons=dict(reasons), examples=tuple(examples), warnings=tuple(warnings)
         )
 
-    async def _checkpoint(self, position_us: int | None) -> None:
+    async def _checkpoint(self, position_us: int | None, explainer: Explainer) -> None:
         """Verdicts of the days that are over, the counts of the one that is not, where to go on."""
         line, end = self.line, self.line.end_us
         next_us = end if position_us is None else position_us
         day = next_us // DAY_US if position_us is not None else -(-end // DAY_US)
         over = self._days_over(day)
         if self._options.keep:
-            await self._ledger.put_days([self._verdict(d, end) for d in over])
+            verdicts = [self._verdict(d, end) for d in over]
+            await patiently(lambda: self._ledger.put_days(verdicts), self._clock)
         counts = Tally()
         for d in [d for d in self._tallies if d < day]:
             tally = self._tallies.pop(d)
@@ -267,6 +303,7 @@ class _Run:
             matched=line.matched + counts.matched,
             today={"sql": today.sql, "dynamo": today.dynamo, "matched": today.matched},
             today_reasons=dict(today.reasons),
+            gaps_used={f"{s}/{h}": n for (s, h), n in explainer.used.items() if h >= next_us // HOUR_US},
         )
         await self.keep()
 

@@ -52,6 +52,8 @@ class Spool:
         loaded = opened.loaded
         self.recovery = opened.report
         self.on_failure: Callable[[SpoolFailed], None] | None = None
+        self.on_accepted: Callable[[int, Sequence[LogRecord], int], None] | None = None
+        """Called for every frame: smallest log_timestamp, its records, wall time at the commit, microseconds."""
         self.ledger = loaded.ledger
         self.tail = Tail(settings.tail_cache_bytes, loaded.ledger.last_seq + 1)
         self.ring = Ring()
@@ -211,6 +213,8 @@ class Spool:
         for entry in entries:
             self.ledger.accepted(entry.header)
             self.tail.add(entry)
+            if self.on_accepted is not None:
+                self.on_accepted(entry.header.t0, entry.records, entry.header.accepted_us)
         for name, cursor in self._cursors.items():
             mask = self.ledger.accounts[name].mask
             for entry in entries:

@@ -208,6 +208,37 @@ class DynamoDBStore:
                 failures.append(Failure(index, RetryClass.PERMANENT, why.reason, why.code))
         return failures
 
+    async def replace(self, record: LogRecord, seen: LogRecord) -> bool:
+        """Put ``record`` if the item under its id is still ``seen``; whether it was. For repair, where asked for.
+
+        The condition is the digest that the item had when it was read and compared just now: whatever any sidecar
+        writes meanwhile changes it. Raises StoreError.
+        """
+        body = {"TableName": self._options.table, "Key": {"log_id": {"S": record.log_id}}, "ConsistentRead": True}
+        found = await self.wire.call("GetItem", _json(body))
+        try:
+            item = _get_answer.decode(found).item
+            same = item is not None and item.record() == seen
+            digest = msgspec.json.decode(found)["Item"].get("h") if same else None
+        except (msgspec.DecodeError, ValueError, AttributeError):
+            raise errors.unreadable("GetItem") from None
+        if not same:
+            return False
+        (new,) = await self._encode([record])
+        if not fits(new):
+            raise errors.error(RetryClass.PERMANENT, _TOO_LARGE, "ItemTooLarge")
+        condition = b'"attribute_exists(log_id) AND attribute_not_exists(h)"'
+        if digest is not None:
+            condition = b'"h = :h","ExpressionAttributeValues":{":h":%b}' % _json(digest)
+        put = b'{"TableName":%b,"ConditionExpression":%b,"Item":%b}' % (_json(self._options.table), condition, new)
+        try:
+            await self.wire.call("PutItem", put)
+        except StoreError as failure:
+            if failure.code == errors.CONDITION_FAILED:
+                return False
+            raise
+        return True
+
     async def get(self, log_id: str) -> LogRecord | None:
         """Strongly consistent; an expired record is None."""
         body = {"TableName": self._options.table, "Key": {"log_id": {"S": log_id}}, "ConsistentRead": True}

@@ -5,6 +5,7 @@
 ====================================  ====================================================================
 ``day#<days since the epoch, 8>``     ``at`` N when its run began (microseconds), ``doc`` S the verdict, JSON
 ``run#<start, 20>#<id>``              ``doc`` S the line, JSON
+``everything``                        ``doc`` S the line of the last finished run over everything, JSON
 ``write#<days since the epoch, 8>``   ``at`` N when a record of that day was last written
 ====================================  ====================================================================
 
@@ -27,6 +28,7 @@ from sidecar.stores.dynamodb_wire import Wire
 from sidecar.verdicts import DayVerdict, RunLine
 
 _PARTITION: Final = "validation"
+_BASELINE: Final = "everything"
 _AT_ONCE: Final = 8  # calls under way
 _TASKS: Final = 256  # waiting for their turn
 _DAYS: Final = 10**7
@@ -56,12 +58,21 @@ class DynamoDBVerdicts:
 
     async def put_run(self, line: RunLine) -> None:
         """One item; a line of a hundred examples is some 30 KB."""
-        item = {"pk": {"S": _PARTITION}, "sk": {"S": _run_key(line)}, "doc": {"S": _json(line).decode()}}
-        await self._wire.call("PutItem", _json({"TableName": self._table, "Item": item}))
+        keys = [_run_key(line)]
+        if line.everything and line.finished_us is not None:
+            keys.append(_BASELINE)
+        for key in keys:
+            item = {"pk": {"S": _PARTITION}, "sk": {"S": key}, "doc": {"S": _json(line).decode()}}
+            await self._wire.call("PutItem", _json({"TableName": self._table, "Item": item}))
 
     async def runs(self, limit: int) -> Sequence[RunLine]:
         """Newest first."""
         return [_decoded(item, RunLine) async for item in self._items("run#", newest=limit)]
+
+    async def baseline(self) -> RunLine | None:
+        """One item."""
+        found = [_decoded(item, RunLine) async for item in self._items(_BASELINE)]
+        return found[0] if found else None
 
     async def note_writes(self, days: Mapping[int, int]) -> None:
         """Each day by itself."""

@@ -76,7 +76,11 @@ class ConsistencyStand:
     async def run(self, window: Window = WINDOW, resume: RunLine | None = None, **options: Any) -> RunLine:
         """One validation; every difference is in ``seen``."""
         self.seen = []
-        return await self.validator.run(window, Options(**options), resume=resume, found=self.seen.extend)
+
+        async def found(differences: Sequence[Difference]) -> None:
+            self.seen.extend(differences)
+
+        return await self.validator.run(window, Options(**options), resume=resume, found=found)
 
     def found(self) -> dict[str, str]:
         """log_id -> reason, of the last run; an id that comes twice fails."""

@@ -318,6 +318,47 @@ async def test_an_error_is_never_consistent(broken, call):
     assert document(line)["is_consistent"] is False
 
 
+@pytest.mark.parametrize("call", ["scan", "get", "put_run", "put_days"])
+async def test_a_failure_that_passes_costs_time_and_changes_nothing(call, monkeypatch):
+    """A lost connection now and then: the same counts, reasons and verdicts, each difference once."""
+    monkeypatch.setattr(module, "_STEP", 5)
+    monkeypatch.setattr(module, "_STRETCH", 0.0)
+    rng = random.Random(11)
+    held = population(rng, 60)
+    deeds, expected = harm(rng, held)
+    stand = ConsistencyStand()
+    await stand.write(held)
+    for name in STORES:
+        harm_memory(stand.stores[name], deeds[name])
+    target = stand.stores["dynamodb"] if call in ("scan", "get") else stand.ledger
+    whole, calls = getattr(target, call), 0
+
+    async def get(*args):
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 1:
+            raise StoreError("dynamodb", RetryClass.TRANSIENT, "planted")
+        return await whole(*args)
+
+    async def scan(*args):
+        nonlocal calls
+        calls += 1
+        entries = 0
+        async for entry in whole(*args):
+            entries += 1
+            if calls % 4 and entries == 12:
+                raise StoreError("dynamodb", RetryClass.THROTTLE, "planted")
+            yield entry
+
+    setattr(target, call, scan if call == "scan" else get)
+    line = await stand.run()
+    assert calls > 2
+    assert stand.found() == expected
+    assert sum(line.reasons.values()) == len(expected)
+    held_now = [r for r in stand.stores["postgres"]._records.values() if BASE <= r.log_timestamp < WINDOW.end_us]
+    assert sum(d.sql_records for d in await stand.ledger.days()) == line.sql_records == len(held_now)
+
+
 async def test_a_stopped_run_goes_on_where_it_stopped_and_comes_to_the_same(monkeypatch):
     """Stopped after each checkpoint and resumed: counts, reasons, verdicts and examples as of one run."""
     monkeypatch.setattr(module, "_STEP", 5)

@@ -52,6 +52,16 @@ async def test_runs_are_read_newest_first_and_a_line_replaces_itself(ledger):
     assert await ledger.runs(3) == [done, lines[3], lines[2]]
 
 
+async def test_the_last_finished_run_over_everything_is_kept_apart_from_the_others(ledger):
+    """However many runs follow; one that did not finish, or had a window, is none."""
+    assert await ledger.baseline() is None
+    done = RunLine(id="all", start_us=0, end_us=9, everything=True, started_us=1, finished_us=2, outcome="clean")
+    await ledger.put_run(done)
+    await ledger.put_run(RunLine(id="half", start_us=0, end_us=9, everything=True, started_us=3))
+    await ledger.put_run(RunLine(id="window", start_us=0, end_us=9, started_us=4, finished_us=5))
+    assert await ledger.baseline() == done
+
+
 async def test_the_latest_write_of_a_day_stays(ledger):
     """A smaller time that comes late changes nothing."""
     await ledger.note_writes({5: 100, -7: 1})
