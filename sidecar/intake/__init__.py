@@ -15,10 +15,13 @@ STAGES, and what a failure at each leaves behind
    is answered: a second delivery has no effect, a record that the fleet's phase does not look for would be lost to it.
 5. Waiting for the stores, if the client prefers: the records are durable whatever comes of it.
 
+PLAIN RECORDS (one a request, good at the first look, with an id of ours) of requests that arrive together are appended
+together: stage 4 once for all of them, all or none.
+
 The policy is read once per request, at 4, so that all its records are owed to the same stores.
 """
 
-from sidecar.intake.door import Firm, Hold, Intake, Outcome, SpoolDoor, Standing
+from sidecar.intake.door import Firm, Hold, Intake, Outcome, Plain, SpoolDoor, Standing
 from sidecar.intake.window import DedupWindow
 
-__all__ = ["DedupWindow", "Firm", "Hold", "Intake", "Outcome", "SpoolDoor", "Standing"]
+__all__ = ["DedupWindow", "Firm", "Hold", "Intake", "Outcome", "Plain", "SpoolDoor", "Standing"]

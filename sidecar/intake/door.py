@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Final, Protocol, cast
+from typing import Final, NamedTuple, Protocol, cast
 
 import msgspec
 import prometheus_client as metric
@@ -18,7 +18,7 @@ from sidecar.mapping import Mapped
 from sidecar.metrics import Metrics
 from sidecar.phase import Phase, Policy
 from sidecar.record import LogRecord, to_dict
-from sidecar.screening import Form, Minter, Refused, Rule, Screened, Screener
+from sidecar.screening import Bounds, Form, Minter, Refused, Rule, Screened, Screener
 from sidecar.settings import Dedup, Settings
 from sidecar.spool.types import Fate, Obligation, Receipt, RecordStatus, Seen
 
@@ -127,6 +127,13 @@ class Outcome:
     states: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
 
+class Plain(NamedTuple):
+    """Records of several requests, one each, and their stored forms, in order."""
+
+    records: list[LogRecord]
+    encoded: list[bytes]
+
+
 class Intake:
     """Accepts requests; one per instance, used from the event loop."""
 
@@ -202,6 +209,25 @@ class Intake:
             self._count(screened.refused)
             raise _alone(screened.refused[0])
         return await self._take(screened, strict=strict, wait=wait)
+
+    def plain_bounds(self) -> Bounds | None:
+        """What plain records are held against in this turn of the loop; None: let every request go its own way."""
+        ingest = self._settings().ingest
+        if ingest.ack == "stores" or self._stopping is not None or self._closed() is not None:
+            return None
+        return self._screener.bounds(ingest)
+
+    def plain(self, bodies: Sequence[bytes], bounds: Bounds) -> Plain | None:
+        """Bodies that are one good record each, with an id of ours, screened; None: at least one is not."""
+        screened = self._screener.singles(bodies, bounds)
+        return None if screened is None else Plain(*screened)
+
+    async def accept_plain(self, plain: Plain) -> Policy:
+        """Make the records of several requests durable by one append, all or none. Raises Busy, SpoolFailed."""
+        together = Screened(batch=True, records=plain.records, encoded=plain.encoded)
+        outcome = Outcome(True, self._standing().policy, [])
+        await self._append(together, outcome, (), strict=False)
+        return outcome.policy
 
     async def accept_mapped(self, mapped: Mapped, *, wait: float | None = None) -> Outcome:
         """Screen what a mapping made of a request's events, a batch, and make it durable. Raises as ``accept``."""

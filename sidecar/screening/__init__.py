@@ -23,8 +23,9 @@ INVARIANTS
 * No input raises anything but MalformedBody, TooLarge or InvalidRecord. Nesting, however deep, costs no recursion.
 """
 
+from sidecar.screening.exact import Bounds
 from sidecar.screening.identity import Minter, check_key, derive_ids
 from sidecar.screening.schema import Refused, Rule
 from sidecar.screening.screener import Form, Screened, Screener
 
-__all__ = ["Form", "Minter", "Refused", "Rule", "Screened", "Screener", "check_key", "derive_ids"]
+__all__ = ["Bounds", "Form", "Minter", "Refused", "Rule", "Screened", "Screener", "check_key", "derive_ids"]

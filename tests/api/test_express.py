@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
+from sidecar.errors import Busy
 from sidecar.settings import Ingest, Listen, Settings
 from tests.api.door import Door, open_door
 from tests.parts.sidecar import eventually
@@ -178,3 +179,70 @@ async def test_a_client_that_leaves_while_it_is_served_harms_nobody(door):
     async with connected(door) as (reader, writer):
         writer.write(request(GOOD))
         assert (await answer(reader))[0] == 202
+
+
+async def together(door: Door, bodies: list[bytes]) -> list[tuple[int, dict[str, str], dict]]:
+    """Send each on a connection of its own, all in one turn of the loop; the answers."""
+    async with contextlib.AsyncExitStack() as stack:
+        pairs = [await stack.enter_async_context(connected(door)) for _ in bodies]
+        for (_, writer), body in zip(pairs, bodies, strict=True):
+            writer.write(request(body))
+        return [await answer(reader) for reader, _ in pairs]
+
+
+async def test_records_that_arrive_together_are_one_append_and_each_has_its_own_answer(door, monkeypatch):
+    """Twenty connections: fewer appends than records, twenty ids, each answer with its own correlation id."""
+    appends = []
+    append = door.spool.append
+
+    async def counted(records, *rest):
+        appends.append(len(records))
+        return await append(records, *rest)
+
+    monkeypatch.setattr(door.spool, "append", counted)
+    bodies = [msgspec.json.encode({"service_name": "s", "correlation_id": str(i)}) for i in range(20)]
+    answers = await together(door, bodies)
+    assert [(status, document["correlation_id"]) for status, _, document in answers] == [
+        (202, str(i)) for i in range(20)
+    ]
+    assert len({document["log_id"] for _, _, document in answers}) == 20
+    assert sum(appends) == 20
+    assert len(appends) < 20
+
+
+async def test_a_bad_record_among_those_that_arrive_together_is_refused_alone(door):
+    """Whatever is wrong with it: the others are taken, as they would be without it."""
+    bad = [b"{", b'{"service_name": 5}', b'{"service_name":"s","service_name":"t"}', b'"x"', b"\xff\xff", b"[]"]
+    good = [
+        GOOD,
+        b"[" + GOOD + b"]",
+        GOOD.replace(b'"svc"', b'"svc", "log_id": "00000000-0000-7000-8000-00000000000a"'),
+    ]
+    bodies = [body for pair in zip(bad, good * 2, strict=True) for body in pair]
+    alone = [(await together(door, [body]))[0][0] for body in bodies]
+    assert [status for status, _, _ in await together(door, bodies)] == alone
+    assert set(alone) >= {202, 400, 422}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(Busy("spool_full", "no room", 7), 503), (RuntimeError("planted"), 500)], ids=["busy", "bug"]
+)
+async def test_what_the_common_append_meets_all_are_told(door, monkeypatch, error, status):
+    """Each of them, and nothing is acknowledged."""
+
+    async def fails(*_):
+        raise error
+
+    monkeypatch.setattr(door.spool, "append", fails)
+    for got, headers, document in await together(door, [GOOD] * 5):
+        assert got == status
+        assert "log_id" not in document
+        assert headers.get("retry-after") == ("7" if status == 503 else None)
+
+
+async def test_where_answers_wait_for_the_stores_nobody_travels_together(tmp_path):
+    """ingest.ack = stores: each request waits for its own record."""
+    async with open_door(tmp_path, Settings(ingest=Ingest(ack="stores", max_wait=0.05))) as door:
+        answers = await together(door, [GOOD] * 3)
+        assert [(status, document["status"]) for status, _, document in answers] == [(202, "accepted")] * 3
+        assert all("preference-applied" in headers for _, headers, _ in answers)
