@@ -160,25 +160,13 @@ def _repair(args: argparse.Namespace) -> int:
     return _run(validate.repair(args))
 
 
-def _init_stores(args: argparse.Namespace) -> int:
-def _validate(args: argparse.Namespace) -> int:
-    from sidecar.operator import validate  # noqa: PLC0415
-
-    return _run(validate.validate(args))
-
-
-def _repair(args: argparse.Namespace) -> int:
-    from sidecar.operator import validate  # noqa: PLC0415
-
-    return _run(validate.repair(args))
-
-
 def _adopt(args: argparse.Namespace) -> int:
     from sidecar.operator import adopt  # noqa: PLC0415
 
     return _run(adopt.adopt(args))
 
 
+def _init_stores(args: argparse.Namespace) -> int:
     loaded = _load(args)
     from sidecar import app  # noqa: PLC0415  (as above)
 

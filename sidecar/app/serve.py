@@ -32,7 +32,6 @@ from sidecar.api.parts import ApiParts, Found, OpsParts, Readiness
 from sidecar.api.server import build_app, build_ops
 from sidecar.api.tokens import TokenFile
 from sidecar.app import observe
-from sidecar.app.consistency import ConsistencyService
 from sidecar.app.delivery import build_delivery, build_stores
 from sidecar.app.adopted import AdoptedTable
 from sidecar.app.consistency import ConsistencyService
