@@ -23,7 +23,7 @@ import random
 import signal
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -153,7 +153,7 @@ class Crew:
         ]
         try:
             async with self.http.post(
-                f"{self.pods[name].url}/logs", json=batch, headers={"Prefer": "wait=2"}
+                f"{self.pods[name].url}/logs", json=batch, headers={"Prefer": "wait=1"}
             ) as answer:
                 document = await answer.json(content_type=None)
                 status = answer.status
@@ -217,6 +217,14 @@ class Crew:
                 await eventually(there, seconds=seconds)
             except AssertionError:
                 raise AssertionError(f"{name} is not in {phase}: {seen}") from None
+
+    async def fenced(self, name: str) -> None:
+        """Await that an instance has lost touch."""
+
+        async def alone() -> bool:
+            return bool((await self.phase(name))["fleet"]["fenced"])
+
+        await eventually(alone, what=f"{name} fenced")
 
     async def held(self, gate: str, *names: str, seconds: float = 20.0) -> None:
         """Await that whoever leads among some (all where none is named) gives a reason for not moving."""
@@ -372,11 +380,19 @@ async def crew(
     *,
     phase: str,
     unfenced: Collection[str] = (),
+    own: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Crew]:
-    """Instances that have all joined; their processes end with the stand. Those ``unfenced`` lack the fence."""
-    sections = {key: {**value, **settings.pop(key, {})} for key, value in QUICK.items()}
-    pods = {name: stand.sidecar(name, instance=name, phase=phase, **sections, **settings) for name in names}
+    """Instances that have all joined; their processes end with the stand.
+
+    Those ``unfenced`` lack the fence; ``own`` are sections of the configuration of single instances.
+    """
+    pods = {}
+    for name in names:
+        mine = (own or {}).get(name, {})
+        sections = {key: {**QUICK.get(key, {}), **settings.get(key, {}), **mine.get(key, {})} for key in QUICK}
+        rest = {key: value for key, value in settings.items() if key not in QUICK}
+        pods[name] = stand.sidecar(name, instance=name, phase=phase, **sections, **rest)
     for name, pod in pods.items():
         pod.module = "tests.scenarios.unfenced" if name in unfenced else "sidecar"
         pod.spawn()
