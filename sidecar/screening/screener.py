@@ -175,7 +175,8 @@ class Screener:
         self, wires: Sequence[Wire], source: bytes, bounds: Bounds, key: str | None, first_index: int
     ) -> tuple[list[LogRecord], list[bytes], list[bytes | None]] | None:
         """Records, stored forms and content digests of decoded wires; None is doubt."""
-        if b"\\" in source and b"\\u0000" in source:  # the first alone is a hundred times faster
+        # The first alone is a hundred times faster; the second, of five bytes, is searched for faster than six are.
+        if b"\\" in source and b"\\u00" in source and b"\\u0000" in source:
             return None
         quotes = source.count(b'"')
         fresh: list[str] | None = None
