@@ -9,6 +9,7 @@ The watch looks every ``_WATCH`` seconds, for the whole fleet (``stores.postgres
 for by the next one.
 """
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
@@ -54,7 +55,8 @@ class AdoptedTable:
         self._intake = intake
         self._spool = spool
         self._clock = clock
-        self._unsaved: ColumnLimits | None = None
+        self._limits = ColumnLimits()
+        self._changed = asyncio.Event()
 
     async def start(self) -> None:
         """Before the door opens: the bounds of the last run; at the first start of all, those of the table."""
@@ -78,10 +80,21 @@ class AdoptedTable:
 
     def tasks(self) -> Sequence[tuple[str, Callable[[], Awaitable[None]]]]:
         """What is to be kept running."""
-        return () if self._store is None else (("adopted table", self._run),)
+        if self._store is None:
+            return ()
+        return ("adopted table's columns", self._remember), ("adopted table's writers", self._watch)
 
-    async def _run(self) -> None:
-        """Until cancelled: remember the bounds, look for old writers."""
+    async def _remember(self) -> None:
+        """Until cancelled: keep the bounds that were seen last."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            limits = self._limits
+            kept = _Remembered(self._table, dict(limits.texts), dict(limits.numbers))
+            await self._spool.set_meta(_META, msgspec.json.encode(kept).decode())
+
+    async def _watch(self) -> None:
+        """Until cancelled: look for old writers."""
         assert self._store is not None  # noqa: S101  (see tasks)
         assert self._store.old_rows is not None  # noqa: S101  (of an adopted table)
         failing = False
@@ -94,15 +107,12 @@ class AdoptedTable:
                 failing = True
             else:
                 failing = False
-            unsaved, self._unsaved = self._unsaved, None
-            if unsaved is not None:
-                kept = _Remembered(self._table, dict(unsaved.texts), dict(unsaved.numbers))
-                await self._spool.set_meta(_META, msgspec.json.encode(kept).decode())
             await self._clock.sleep(_WATCH)
 
     def _seen(self, limits: ColumnLimits) -> None:
         self._intake.narrow(limits.texts, limits.numbers, self._reserved)
-        self._unsaved = limits
+        self._limits = limits
+        self._changed.set()
 
 
 def old_writers(stores: Mapping[StoreName, Store]) -> Writers:
