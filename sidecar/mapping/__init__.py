@@ -18,7 +18,7 @@ INVARIANTS
 
 * Nothing is dropped silently. A member of an event leaves ``request_data`` only if a field holds it *exactly*. What is
   cut (a seventh digit), renamed (a level), converted (a number where text is wanted) or does not fit stays there too.
-  Values that stay keep their source text: ``1.10`` stays ``1.10``, a key that stands twice stays twice.
+  Values that stay keep their source text: ``1.10`` stays ``1.10``. An event in which a name stands twice is kept whole.
 * A value that does not fit its field is no reason to refuse an event: the next path, then the default, then nothing.
   The one exception is time: a wrong time would make every query by time answer wrongly, so an event whose time cannot
   be read is refused.

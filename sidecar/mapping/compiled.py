@@ -16,7 +16,7 @@ from msgspec import Raw
 
 from sidecar.declared_mapping import DeclaredMapping, FieldSource, LevelSource
 from sidecar.errors import ConfigError, MalformedBody
-from sidecar.mapping.source import Members, child, members, pointer
+from sidecar.mapping.source import Members, child, first_members, pointer
 from sidecar.mapping.times import FIELD, TimeReader
 from sidecar.mapping.values import MAPPED, READERS, Reader, scalar
 from sidecar.record import timestamp_text
@@ -116,12 +116,12 @@ class CompiledMapping:
             if index % _BETWEEN_PAUSES == _BETWEEN_PAUSES - 1:
                 yield
             try:
-                event = members(piece)
+                event, twice = first_members(piece)
                 if not piece.isascii():
                     piece.decode()
                 if beside is not None:
                     event.setdefault(ENVELOPE, beside)
-                self.add(mapped, index, event, piece, met=met, beside=envelope)
+                self.add(mapped, index, event, piece, met=met, beside=envelope, whole=twice)
             except Refusal as why:
                 mapped.refused.append(Refused(index, why.field, why.rule, why.reason, piece))
             except MalformedBody as why:
@@ -133,13 +133,24 @@ class CompiledMapping:
             mapped.total = index + 1
 
     def add(
-        self, mapped: Mapped, index: int, event: Members, source: bytes, *, met: dict[bytes, int], beside: bytes = b""
+        self,
+        mapped: Mapped,
+        index: int,
+        event: Members,
+        source: bytes,
+        *,
+        met: dict[bytes, int],
+        beside: bytes = b"",
+        whole: bool = False,
     ) -> None:
         """Map one event whose bytes are ``source`` (and, ``beside`` it, its request's).
 
-        ``met`` counts the equal events of the request. Raises Refusal.
+        ``met`` counts the equal events of the request; ``whole``: request_data is all of ``source``, because ``event``
+        is not. Raises Refusal.
         """
         record = self.record(event)
+        if whole:
+            record["request_data"] = {"event": Raw(source), ENVELOPE: Raw(beside)} if beside else Raw(source)
         if self._by_content and "log_id" not in record and FIELD in record:
             record["log_id"] = self._identify(source + beside, met)
         mapped.indexes.append(index)

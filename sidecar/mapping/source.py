@@ -51,6 +51,17 @@ def members(text: bytes) -> Members:
         MalformedBody: not JSON.
         RecursionError: it nests too deep for the parser.
     """
+    found, twice = first_members(text)
+    if twice:
+        raise Refusal("record", Rule.FIELD_TWICE, "a member stands twice, so its value is ambiguous")
+    return found
+
+
+def first_members(text: bytes) -> tuple[Members, bool]:
+    """As ``members``; of equal names the first, and whether there were any.
+
+    Loggers write their own members first: where an application logs a ``date`` or a ``time`` too, that one comes later.
+    """
     if text[:1] != b"{":
         raise Refusal("record", Rule.NOT_AN_OBJECT, "an event is a JSON object; seen another value")
     try:
@@ -63,13 +74,14 @@ def members(text: bytes) -> Members:
         inside = sum(bytes(raw).count(_quote) for raw in found.values())
         if text.count(_quote) - inside != 2 * len(found):
             return _exactly(text)
-    return dict(found)
+    return dict(found), False
 
 
-def _exactly(text: bytes) -> Members:
-    """As ``members``, by the scanner: lone surrogates stay in source texts, repeated names are seen."""
+def _exactly(text: bytes) -> tuple[Members, bool]:
+    """As ``first_members``, by the scanner: lone surrogates stay in source texts, repeated names are seen."""
     scan.check_syntax(text)
     found: Members = {}
+    twice = False
     try:
         for quoted, start, end in scan.members(text, _DEEPEST, _LONGEST):
             try:
@@ -77,13 +89,14 @@ def _exactly(text: bytes) -> Members:
             except msgspec.DecodeError:
                 raise Refusal("record", Rule.CHARACTER, "a member's name holds a lone surrogate") from None
             if name in found:
-                raise Refusal("record", Rule.FIELD_TWICE, "a member stands twice, so its value is ambiguous")
-            found[name] = Raw(text[start:end])
+                twice = True
+            else:
+                found[name] = Raw(text[start:end])
     except scan.TooDeep:
         raise Refusal("record", Rule.DEPTH, f"arrays and objects nest deeper than {_DEEPEST} levels") from None
     except scan.TooLong:
         raise Refusal("record", Rule.TOO_LARGE, f"a value is longer than {_LONGEST} bytes") from None
-    return found
+    return found, twice
 
 
 def child(node: Members, name: str) -> Members | None:

@@ -1,0 +1,1 @@
+"""Mappings: events of other loggers -> records."""
