@@ -1,0 +1,264 @@
+"""The validator and repair on real PostgreSQL and DynamoDB: harm done behind them, found exactly, mended exactly."""
+
+import random
+
+import msgspec
+import pytest
+
+from sidecar.clock import SystemClock
+from sidecar.consistency import Options, Rules, Window
+from sidecar.consistency.repair import Repair
+from sidecar.phase import DYNAMODB, POSTGRES, STORES
+from sidecar.stores.dynamodb import DynamoDBStore
+from sidecar.verdicts import MemoryLedger
+from tests.consistency.stand import WINDOW, ConsistencyStand, Told, harm, population
+from tests.parts.dynamodb import store_all
+from tests.stores.records import BASE, log_id, record, records
+
+
+class Hands:
+    """Does harm in both stores, beside the sidecar."""
+
+    def __init__(self, stand, admin, dynamodb_settings):
+        self.stand = stand
+        self.admin = admin
+        self.table = dynamodb_settings.table
+
+    async def do(self, deeds):
+        """Carry out what ``harm`` thought of."""
+        for verb, each in deeds[POSTGRES]:
+            await self.admin.execute("DELETE FROM integration_logs WHERE log_id = $1", each.log_id)
+            if verb == "put":
+                result = await self.stand.stores[POSTGRES].write([each])
+                assert not result.failures
+        for verb, each in deeds[DYNAMODB]:
+            if verb == "put":
+                await store_all(self.stand.stores[DYNAMODB], [each])
+            else:
+                async with self.stand.stores[DYNAMODB].wire.control() as client:
+                    await client.delete_item(TableName=self.table, Key={"log_id": {"S": each.log_id}})
+
+    async def set(self, number, **values):
+        """Change attributes of an item without touching its digest; None removes."""
+        async with self.stand.stores[DYNAMODB].wire.control() as client:
+            for name, value in values.items():
+                update = (
+                    {"UpdateExpression": "REMOVE #n"}
+                    if value is None
+                    else {
+                        "UpdateExpression": "SET #n = :v",
+                        "ExpressionAttributeValues": {":v": value},
+                    }
+                )
+                await client.update_item(
+                    TableName=self.table,
+                    Key={"log_id": {"S": log_id(number)}},
+                    ExpressionAttributeNames={"#n": name},
+                    **update,
+                )
+
+    async def items(self):
+        """Every item as it is stored: log_id -> item."""
+        async with self.stand.stores[DYNAMODB].wire.control() as client:
+            answer = await client.scan(TableName=self.table, ConsistentRead=True)
+        return {item["log_id"]["S"]: item for item in answer["Items"]}
+
+
+@pytest.fixture
+async def hands(postgres_store, dynamodb_store, postgres_admin, dynamodb_settings):
+    """Both stores, empty."""
+    stand = ConsistencyStand(
+        stores={POSTGRES: postgres_store, DYNAMODB: dynamodb_store}, whereabouts=Told(), ledger=dynamodb_store.verdicts
+    )
+    return Hands(stand, postgres_admin, dynamodb_settings)
+
+
+def repairing(stand, *, dry_run=False, overwrite=False, kept_from=None):
+    """A repair over the stand's stores."""
+    kept = kept_from or {}
+    return Repair(
+        stand.stores,
+        stand.stores[DYNAMODB].replace,
+        lambda store: kept.get(store, -(2**62)),
+        stand.ledger,
+        clock=stand.clock,
+        dry_run=dry_run,
+        overwrite=overwrite,
+    )
+
+
+async def mended(stand, **options):
+    """Validate and repair; what was done."""
+    repair = repairing(stand, **options)
+    await stand.validator.run(WINDOW, options_of(), found=repair.mend)
+    return repair.result
+
+
+def options_of():
+    """As repair runs."""
+    return Options(by="a test")
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_the_report_is_the_injected_set_and_repair_mends_what_was_lost(hands, seed):
+    """Both modes; then what is missing is inserted, what differs overwritten, and a second run mends nothing."""
+    stand, rng = hands.stand, random.Random(seed)
+    held = population(rng, 150)
+    await stand.write(held)
+    deeds, expected = harm(rng, held)
+    await hands.do(deeds)
+    for deep in (False, True):
+        line = await stand.run(deep=deep)
+        assert stand.found() == expected
+        assert line.outcome == "divergent"
+    done = await mended(stand)
+    missing = [reason for reason in expected.values() if reason != "field_mismatch"]
+    assert sum(done.inserted.values()) == len(missing)
+    assert (done.refused_total, done.already_there) == (0, 0)
+    assert done.left == ({"field_mismatch": len(expected) - len(missing)} if len(expected) > len(missing) else {})
+    await stand.run()
+    assert stand.found() == {i: reason for i, reason in expected.items() if reason == "field_mismatch"}
+    overwritten = await mended(stand, overwrite=True)
+    assert overwritten.overwritten == len(expected) - len(missing)
+    line = await stand.run(deep=True)
+    outside = {i for i, r in expected.items() if r == "field_mismatch"} & {d.log_id for d in stand.seen}
+    assert (line.outcome, outside) == ("clean", set())
+    again = await mended(stand, overwrite=True)
+    assert again.document() == {**again.document(), "inserted": {}, "overwritten": 0, "left": {}}
+
+
+async def test_a_repaired_item_is_the_live_paths_item_byte_by_byte(hands):
+    """Every attribute, keys of the indexes and digest included."""
+    stand = hands.stand
+    await stand.write([record(n, request_data='{"b": 1.10, "a": "\\u0000"}', user_id="") for n in range(3)])
+    before = await hands.items()
+    await hands.do({POSTGRES: [], DYNAMODB: [("delete", record(1))]})
+    await mended(stand)
+    assert await hands.items() == before
+
+
+async def test_a_field_changed_without_its_digest_is_found_by_deep_alone(hands):
+    """The index still says what it said: the fast mode believes it, and the documentation says so."""
+    await hands.stand.write(records(5))
+    await hands.set(2, user_id={"S": "somebody else"})
+    assert (await hands.stand.run()).outcome == "clean"
+    assert (await hands.stand.run(deep=True)).outcome == "divergent"
+    assert hands.stand.found() == {log_id(2): "field_mismatch"}
+    assert hands.stand.seen[0].fields == ("user_id",)
+    repair = repairing(hands.stand, overwrite=True)
+    await hands.stand.validator.run(WINDOW, Options(deep=True), found=repair.mend)
+    assert repair.result.overwritten == 1
+    assert (await hands.stand.run(deep=True)).outcome == "clean"
+
+
+async def test_items_that_no_sidecar_wrote_are_named_as_such(hands):
+    """One whose digest is not that of its fields, and one that lacks fields that every record has."""
+    await hands.stand.write(records(2))
+    await store_all(hands.stand.stores[DYNAMODB], [record(7), record(8)])
+    await hands.set(7, h={"B": b"sixteen bytes..."})
+    await hands.set(8, log_type=None)
+    line = await hands.stand.run()
+    assert hands.stand.found() == {log_id(7): "foreign_writer", log_id(8): "foreign_writer"}
+    assert line.outcome == "divergent"
+    assert (await mended(hands.stand)).left == {"foreign_writer": 2}
+
+
+async def test_a_dry_run_changes_nothing_and_says_what_would_be_refused(hands):
+    """PostgreSQL rehearses: a constraint refuses one of the records that it lacks."""
+    stand = hands.stand
+    await store_all(stand.stores[DYNAMODB], [record(1), record(2, service_name="forbidden")])
+    await hands.admin.execute("ALTER TABLE integration_logs ADD CHECK (service_name <> 'forbidden')")
+    done = await mended(stand, dry_run=True)
+    assert (dict(done.inserted), [r["log_id"] for r in done.refused]) == ({POSTGRES: 1}, [log_id(2)])
+    assert await stand.stores[POSTGRES].get(log_id(1)) is None
+    done = await mended(stand)
+    assert (dict(done.inserted), [r["log_id"] for r in done.refused]) == ({POSTGRES: 1}, [log_id(2)])
+    assert await stand.stores[POSTGRES].get(log_id(1)) == record(1)
+
+
+@pytest.mark.parametrize("lacking", STORES)
+async def test_a_live_write_between_the_comparison_and_the_repair_stays(hands, lacking):
+    """Whatever it wrote: the repair finds the id there and leaves it; with a plain put it would be lost (control)."""
+    stand = hands.stand
+    other = DYNAMODB if lacking == POSTGRES else POSTGRES
+    await stand.write(records(3), other)
+    live = record(1, log_timestamp=BASE + 1_000_000, user_id="the live one")
+    repair = repairing(stand)
+
+    async def found(differences):
+        await stand.write([live], lacking)
+        await repair.mend(differences)
+
+    await stand.validator.run(WINDOW, options_of(), found=found)
+    assert (repair.result.inserted[lacking], repair.result.already_there) == (2, 1)
+    assert await stand.stores[lacking].get(live.log_id) == live
+    if lacking == DYNAMODB:  # the control: DynamoDB's put replaces
+        await store_all(stand.stores[DYNAMODB], [records(3)[1]])
+        assert await stand.stores[DYNAMODB].get(live.log_id) != live
+
+
+async def test_an_overwrite_spares_an_item_that_changed_since_it_was_compared(hands):
+    """The condition is what was compared; PostgreSQL's row is never updated."""
+    stand = hands.stand
+    await stand.write([record(1, user_id="sql")], POSTGRES)
+    await stand.write([record(1, user_id="dynamo")], DYNAMODB)
+    repair = repairing(stand, overwrite=True)
+
+    async def found(differences):
+        await stand.write([record(1, user_id="live")], DYNAMODB)
+        await repair.mend(differences)
+
+    await stand.validator.run(WINDOW, options_of(), found=found)
+    assert (repair.result.overwritten, repair.result.changed_meanwhile) == (0, 1)
+    assert (await stand.stores[DYNAMODB].get(log_id(1))).user_id == "live"
+    assert (await mended(stand, overwrite=True)).overwritten == 1
+    held = [await stand.stores[name].get(log_id(1)) for name in STORES]
+    assert [r.user_id for r in held] == ["sql", "sql"]
+
+
+async def test_what_retention_removed_is_expired_and_never_inserted_again(
+    postgres_store, dynamodb_store, dynamodb_settings
+):
+    """DynamoDB hides it before the service deletes it; a repair leaves it, also what would expire meanwhile."""
+    options = msgspec.structs.replace(dynamodb_settings, ttl_days=10)
+    expiring = DynamoDBStore(options, clock=SystemClock())
+    stand = ConsistencyStand(stores={POSTGRES: postgres_store, DYNAMODB: expiring}, whereabouts=Told())
+    now = SystemClock().now_us()
+    day = 86_400_000_000
+    held = [record(n, log_timestamp=now - age * day) for n, age in enumerate((11, 30, 9, 5))]
+    stand.rules = Rules(kept_from_us={DYNAMODB: lambda: now - 10 * day})
+    window = Window(now - 40 * day, now)
+    try:
+        await stand.write(held)
+        line = await stand.run(window)
+        assert (line.reasons, line.outcome) == ({"expired": 2}, "clean")
+        await stand.write([record(9, log_timestamp=now - 9 * day)], POSTGRES)
+        repair = repairing(stand, kept_from={DYNAMODB: now - 8 * day})
+        await stand.validator.run(window, options_of(), found=repair.mend)
+        assert (repair.result.expired, dict(repair.result.inserted)) == (1, {})
+    finally:
+        await expiring.close()
+
+
+async def test_the_days_that_a_repair_writes_to_are_noted_before(hands):
+    """So that their verdicts are stale, also where the process ends in between."""
+    stand = hands.stand
+    stand.ledger = MemoryLedger()
+    await stand.write(records(3), POSTGRES)
+    repair = repairing(stand)
+    order = []
+    note, fill = stand.ledger.note_writes, stand.stores[DYNAMODB].fill
+
+    async def note_writes(days):
+        order.append("noted")
+        await note(days)
+
+    async def filled(batch):
+        order.append("filled")
+        return await fill(batch)
+
+    stand.ledger.note_writes = note_writes
+    stand.stores[DYNAMODB].fill = filled
+    await stand.validator.run(WINDOW, options_of(), found=repair.mend)
+    assert order == ["noted", "filled"]
+    assert list(await stand.ledger.writes()) == [BASE // 86_400_000_000]

@@ -1,0 +1,180 @@
+"""Who is asked: the own spool frame by frame, the fleet by heartbeats, and what comes of both together."""
+
+import uuid
+
+import pytest
+
+from sidecar.clock import SystemClock
+from sidecar.consistency import Fleet, Known, Nobody, OwnSpool, Settled, Together, fates_of_spool
+from sidecar.fleet_tables import FateLine, Heartbeat
+from sidecar.phase import DYNAMODB, POSTGRES, STORES
+from sidecar.record import encode
+from sidecar.settings import MIB, Dedup
+from sidecar.settings import Spool as SpoolSettings
+from sidecar.spool import Leftover, Obligation, Spool, view
+from tests.consistency.stand import Told
+from tests.parts.reads import PausableClock
+from tests.stores.records import record
+
+BOTH = Obligation(2, frozenset(STORES))
+OPTIONS = SpoolSettings(allow_volatile=True, ballast_bytes=0, cap_bytes=64 * MIB)
+
+
+@pytest.fixture
+async def spool(tmp_path):
+    """An empty one."""
+    opened = Spool.open(tmp_path, OPTIONS, Dedup(), STORES, SystemClock())
+    yield opened
+    await opened.close()
+
+
+async def append(spool, *numbers, obligation=BOTH):
+    """One frame; the ids."""
+    batch = [record(n, log_id=str(uuid.UUID(int=n + 1))) for n in numbers]
+    await spool.append(batch, [encode(r) for r in batch], obligation)
+    return [r.log_id for r in batch]
+
+
+async def test_the_own_spool_knows_what_is_pending_deferred_dead_and_discarded_for_each_store(spool):
+    """And says nothing of what was delivered, or never here."""
+    ids = await append(spool, 1, 2, 3, 4)
+    assert await fates_of_spool(spool, ids) == {i: {s: Known("pending") for s in STORES} for i in ids}
+    left = [
+        Leftover(0, "dead_letter", "conflict", "other content"),
+        Leftover(1, "deferred", "unknown", "?", due_us=2**60),
+        Leftover(2, "dead_letter", "permanent", "refused"),
+    ]
+    (frame,) = await spool.cursor(POSTGRES).take(1000, MIB)
+    spool.cursor(POSTGRES).settle(frame, left)
+    (frame,) = await spool.cursor(DYNAMODB).take(1000, MIB)
+    spool.cursor(DYNAMODB).settle(frame)
+    keys = [letter.key for letter in await spool.dead_letters(retry_class="permanent")]
+    assert await spool.discard(keys, who="a test", reason="given up") == 1
+    never = str(uuid.uuid4())
+    assert await fates_of_spool(spool, [*ids, never]) == {
+        ids[0]: {POSTGRES: Known("dead_lettered", "conflict")},
+        ids[1]: {POSTGRES: Known("deferred", "unknown")},
+        ids[2]: {POSTGRES: Known("discarded", "permanent")},
+    }
+
+
+async def test_a_record_is_found_in_any_step_and_one_that_is_undecided_is_pending_everywhere(spool, monkeypatch):
+    """The spool is read in steps, here of ten frames; a fenced instance's record is owed to be decided."""
+    monkeypatch.setattr(view, "_HEADERS", 10)
+    batch = [record(n, log_id=str(uuid.UUID(int=n + 1))) for n in range(35)]
+    for each in batch:
+        await spool.append([each], [encode(each)], BOTH)
+    (undecided,) = await append(spool, 9000, obligation=Obligation(1, frozenset(), unresolved=True))
+    found = await fates_of_spool(spool, [batch[-1].log_id, batch[0].log_id, undecided])
+    assert found == {i: {s: Known("pending") for s in STORES} for i in (batch[-1].log_id, batch[0].log_id, undecided)}
+
+
+async def test_settling_waits_for_what_was_accepted_before_and_not_for_what_comes_after(spool):
+    """And for no longer than it may."""
+    clock = PausableClock()
+    await append(spool, 1)
+    own = OwnSpool(spool, "pod-1", clock)
+    assert await own.settle(5.0) == Settled(asked=("pod-1",))
+    assert 4.5 < clock.slept < 6.0
+    for store in STORES:
+        (frame,) = await spool.cursor(store).take(1000, MIB)
+        spool.cursor(store).settle(frame)
+    clock.slept = 0.0
+    await own.settle(5.0)
+    assert clock.slept == 0.0
+
+
+class Tables:
+    """Heartbeats as the test writes them; each look is one of a list, the last one again and again."""
+
+    def __init__(self, *looks):
+        self.looks = list(looks)
+        self.silent = []
+        self.lines = []
+
+    async def heartbeats(self):
+        rows = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+        return rows, self.silent
+
+    async def fates(self, log_ids):
+        return [line for line in self.lines if line.log_id in log_ids]
+
+
+def beat(instance, seq, at_us=0, **oldest):
+    """One heartbeat of a pod."""
+    return Heartbeat(instance=instance, incarnation="x", seq=seq, at_us=at_us, oldest_pending_us=oldest)
+
+
+def asked(*looks, **attributes):
+    """A fleet with these looks."""
+    tables = Tables(*looks)
+    for name, value in attributes.items():
+        setattr(tables, name, value)
+    return Fleet(tables.heartbeats, tables.fates, clock=PausableClock()), tables
+
+
+async def test_a_sidecar_has_settled_when_a_later_heartbeat_says_so_of_everything_before_its_bound():
+    """The bound is by its own clock, from a heartbeat that was written after the question."""
+    fleet, tables = asked(
+        [beat("a", 1, at_us=100, dynamodb=50)],
+        [beat("a", 2, at_us=200, dynamodb=50)],  # may have been on its way when we asked
+        [beat("a", 3, at_us=300, dynamodb=50)],  # the bound: 300
+        [beat("a", 4, at_us=400, dynamodb=290)],
+        [beat("a", 5, at_us=500, dynamodb=450)],
+    )
+    found = await fleet.settle(30.0)
+    assert found == Settled(asked=("a",), knows_all=True)
+    assert len(tables.looks) == 1
+
+
+async def test_a_sidecar_that_stays_behind_names_its_store_and_a_silent_one_is_named():
+    """Neither is taken for settled."""
+    beats = [[beat("a", n, at_us=n * 100, dynamodb=50), beat("dead", 7, at_us=1)] for n in range(1, 80)]
+    fleet, _ = asked(*beats)
+    found = await fleet.settle(10.0)
+    assert (found.behind, found.silent, found.knows_all) == (frozenset({DYNAMODB}), ("dead",), True)
+    fleet, _ = asked(*[[beat("a", n, at_us=n)] for n in range(1, 80)], silent=["pod-9"])
+    assert (await fleet.settle(10.0)).silent == ("pod-9",)
+
+
+async def test_without_other_sidecars_nothing_is_waited_for():
+    """Nobody counts: everything is known."""
+    fleet, _ = asked([])
+    assert await fleet.settle(10.0) == Settled(knows_all=True)
+
+
+async def test_mirrored_dead_letters_are_known_and_redriven_ones_are_not():
+    """Another pod's dead letter explains; a line of what was given to the store again does not."""
+    line = {"retry_class": "permanent", "by": "pod-2", "at_us": 1, "revision": 1}
+    fleet, _ = asked(
+        [],
+        lines=[
+            FateLine(log_id="a", store=DYNAMODB, state="dead_lettered", **line),
+            FateLine(log_id="b", store=POSTGRES, state="discarded", **line),
+            FateLine(log_id="c", store=POSTGRES, state="redriven", **line),
+        ],
+    )
+    assert await fleet.fates(["a", "b", "c", "d"]) == {
+        "a": {DYNAMODB: Known("dead_lettered", "permanent")},
+        "b": {POSTGRES: Known("discarded", "permanent")},
+    }
+
+
+async def test_together_who_comes_later_knows_better_and_any_doubt_stays():
+    """The own spool overrules the mirror; silence and lag of any are those of all."""
+    first, second = Told(), Told()
+    first.settled = Settled(asked=("a",), silent=("b",), knows_all=True)
+    second.settled = Settled(asked=("c",), behind=frozenset({DYNAMODB}), warnings=("w",))
+    first.known = {"x": {POSTGRES: Known("dead_lettered"), DYNAMODB: Known("discarded")}}
+    second.known = {"x": {POSTGRES: Known("pending")}}
+    both = Together(first, second)
+    assert await both.fates(["x"]) == {"x": {POSTGRES: Known("pending"), DYNAMODB: Known("discarded")}}
+    assert await both.settle(1.0) == Settled(
+        asked=("a", "c"), silent=("b",), behind=frozenset({DYNAMODB}), knows_all=True, warnings=("w",)
+    )
+
+
+async def test_nobody_says_so_in_the_report():
+    """A job beside no sidecar knows nothing, and warns of it."""
+    assert (await Nobody().settle(5.0)).warnings
+    assert not (await Nobody().settle(5.0)).knows_all
