@@ -32,11 +32,10 @@ test: check  ## everything that needs no root: at most 8 minutes
 ci-faults: $(STAMP)  ## what needs root: full disks and the like
 	$(BIN)/pytest -m root tests
 
-ci-integration: $(STAMP)  ## the rollout, with the field's real tools; root
+ci-integration: $(STAMP)  ## real clients, a real browser, the rollout's real tools; root; at most 6 minutes
 	@PYTHON='$(PYTHON)' .ci/venv '$(VENV)' '.[k8s,page]'
-	PYTHON=$(PYTHON) tests/integration/k8s/install
-	tests/integration/page/install
-	$(BIN)/pytest tests/integration $(INTEGRATION)
+	set -e; for each in tests/integration/*/install; do PYTHON='$(PYTHON)' $$each; done
+	$(BIN)/pytest tests/integration -n $(WORKERS) --dist loadfile $(INTEGRATION)
 
 bench: $(STAMP)  ## the sidecar beside the naive baselines (BENCH="--quick")
 	$(BIN)/python -m benchmarks.run $(BENCH)

@@ -272,6 +272,7 @@ def _phases(s: Scale) -> tuple[Alert, ...]:
 
 def _consistency(s: Scale) -> tuple[Alert, ...]:
     last = {kind: f"max by ({APP}) (sidecar_validation_last_{kind}_timestamp_seconds)" for kind in ("success", "clean")}
+    both_written = f'max by ({APP}) (sidecar_phase{{phase=~"dual_write|dual_write_read_dynamo"}}) == 1'
     return (
         Alert(
             "SidecarDivergenceAge",
@@ -292,7 +293,7 @@ def _consistency(s: Scale) -> tuple[Alert, ...]:
         Alert(
             "SidecarValidationStale",
             "consistency",
-            f"time() - {last['success']} > {s.seconds(DAY)}",
+            f"(time() - {last['success']} > {s.seconds(DAY)}) and on ({APP}) ({both_written})",
             s.hold(15 * MINUTE),
             "warning",
             f"{AT_APP}: the last complete validation is {{{{ $value | humanizeDuration }}}} old",
@@ -303,7 +304,7 @@ def _consistency(s: Scale) -> tuple[Alert, ...]:
             f"{last['success']} > {last['clean']}",
             s.hold(15 * MINUTE),
             "warning",
-            f"{AT_APP}: the last validation found unexplained differences between the stores",
+            f"{AT_APP}: the last validation was not clean: something differs, or could not be decided",
         ),
         Alert(
             "SidecarGapReleased",

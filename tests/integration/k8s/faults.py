@@ -235,7 +235,10 @@ CASES = (
     ),
     Case(
         "SidecarValidationStale",
-        {"sidecar_validation_last_success_timestamp_seconds": (steady(60, DAY + 40), steady(88_000, 20))},
+        {
+            "sidecar_validation_last_success_timestamp_seconds": (steady(60, DAY + 40), steady(88_000, 20)),
+            'sidecar_phase{phase="dual_write"}': (steady(1, DAY + 60),),
+        },
         quiet=DAY + 10,
         fires=DAY + 20,
         clears=DAY + 42,

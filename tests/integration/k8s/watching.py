@@ -1,4 +1,4 @@
-"""A real Prometheus on three real sidecars, a script of faults, and what was seen: one run, recorded once.
+"""A real Prometheus on five real sidecars, a script of faults, and what was seen: one run, recorded once.
 
 Every duration of the rules is shortened by the generator that writes them; the durations of production are covered by
 promtool in test_monitoring. The faults are made from outside, as life makes them.
@@ -7,7 +7,6 @@ promtool in test_monitoring. The faults are made from outside, as life makes the
 import asyncio
 import itertools
 import json
-import shutil
 import subprocess
 import time
 import uuid
@@ -20,17 +19,17 @@ from typing import Any
 
 import aiohttp
 import asyncpg
-import yaml
 
 from k8s.monitoring import panels
-from k8s.monitoring.__main__ import rule_file
 from k8s.monitoring.promql import Scale
 from tests.integration.k8s.kubelet import Pod, config, flip_a_bit, live_frames
+from tests.integration.k8s.prometheus import Prometheus
 from tests.integration.k8s.tools import tool
 from tests.parts.fault_proxy import FaultProxy, Refuse, Reset
-from tests.parts.sidecar import eventually, free_port
+from tests.parts.sidecar import eventually
 from tests.parts.tcp_proxy import TcpProxy
 
+FLEET = "fleet: {enabled: true, heartbeat: 1s, fence_after: 15s}"
 PATIENCE = 90.0  # seconds that anything may take on a busy machine; an ordinary run waits a few
 SCALE = Scale(1 / 300, shortest_window=6)
 STRACE = ("-f", "-qq", "-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:delay_exit=400000")
@@ -50,88 +49,29 @@ class Recording:
     script: dict[str, str] = field(default_factory=dict)  # alert -> the fault that it was expected in
 
 
-class Prometheus:
-    """A server of its own that scrapes the pods once a second."""
-
-    def __init__(self, directory: Path, pods: list[Pod]) -> None:
-        self.directory = directory
-        self.url = f"http://127.0.0.1:{free_port()}"
-        directory.mkdir()
-        (directory / "rules.yaml").write_text(rule_file(SCALE))
-        targets = [
-            {"targets": [f"127.0.0.1:{pod.ops_port}"], "labels": {"namespace": "n", "app": "a", "pod": f"a-{n}"}}
-            for n, pod in enumerate(pods)
-        ]
-        (directory / "prometheus.yml").write_text(
-            yaml.safe_dump(
-                {
-                    "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
-                    "rule_files": ["rules.yaml"],
-                    "scrape_configs": [{"job_name": "hybrid-log-sidecar", "static_configs": targets}],
-                }
-            )
-        )
-        self.process: subprocess.Popen[bytes] | None = None
-        self._session: aiohttp.ClientSession | None = None
-
-    async def start(self) -> None:
-        """Start it and wait until it answers."""
-        with (self.directory / "prometheus.log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    tool("prometheus"),
-                    f"--config.file={self.directory}/prometheus.yml",
-                    f"--storage.tsdb.path={self.directory}/data",
-                    f"--web.listen-address={self.url.removeprefix('http://')}",
-                ],
-                stdout=log,
-                stderr=log,
-            )
-        self._session = aiohttp.ClientSession()
-
-        async def up() -> bool:
-            with suppress(aiohttp.ClientError):
-                return len(await self.ask("up == 1")) == 3
-            return False
-
-        await eventually(up, what="three targets scraped")
-
-    async def stop(self) -> None:
-        """End it."""
-        if self._session:
-            await self._session.close()
-        if self.process:
-            self.process.terminate()
-            await asyncio.to_thread(self.process.wait, 20)
-
-    async def ask(self, expression: str, **more: Any) -> list[dict[str, Any]]:
-        """The result of an expression now, or over a range where ``start`` and ``end`` are given."""
-        assert self._session
-        path = "query_range" if "start" in more else "query"
-        async with self._session.get(f"{self.url}/api/v1/{path}", params={"query": expression, **more}) as answer:
-            body = await answer.json()
-        assert body["status"] == "success", (expression, body)
-        return list(body["data"]["result"])
-
-    async def firing(self) -> set[str]:
-        """The names of the alerts that fire now."""
-        return {r["metric"]["alertname"] for r in await self.ask('ALERTS{alertstate="firing"}')}
-
-
 class Watch:
-    """The run: pods, stores, faults, and Prometheus."""
+    """The run: pods, stores, faults, and Prometheus.
+
+    The three pods of ``a`` follow their own files, so that each can be brought into any phase; the two of ``f`` are a
+    fleet, which never lets that happen.
+    """
 
     def __init__(self, base: Path, pg: Any, ddb: Any, pg_proxy: TcpProxy, ddb_proxy: FaultProxy) -> None:
         self.pg, self.ddb, self.pg_proxy, self.ddb_proxy = pg, ddb, pg_proxy, ddb_proxy
         self.pods = [Pod(base / f"pod-{n}") for n in range(3)]
-        self.prometheus = Prometheus(base / "prometheus", self.pods)
+        self.fleet = [Pod(base / f"fleet-{n}") for n in range(2)]
+        self.prometheus = Prometheus(base / "prometheus", {"a": self.pods, "f": self.fleet}, SCALE)
+        self._token = base / "token"
+        self._token.write_text("a control token of this run")
         self.recording = Recording()
         self._session: aiohttp.ClientSession
         self._load: list[asyncio.Task[None]] = []
 
     def config(self, phase: str = "dual_write", more: str = "") -> str:
         """The configuration of all pods, leading through the proxies."""
-        more = f"reads: {{shadow_sample: 1, shadow_probe: 0}}\n{more}"
+        token = f"control: {{token_file: '{self._token}'}}"
+        validation = "validation: {interval: 15s, settle: 2s}"
+        more = f"reads: {{shadow_sample: 1, shadow_probe: 0}}\n{token}\n{validation}\n{more}"
         return config(phase, self.pg, self.ddb, port=self.pg_proxy.port, url=self.ddb_proxy.url, more=more)
 
     async def run(self) -> Recording:
@@ -141,7 +81,9 @@ class Watch:
             try:
                 for pod in self.pods:
                     pod.apply(self.config())
-                await asyncio.gather(*(pod.start() for pod in self.pods))
+                for pod in self.fleet:
+                    pod.apply(self.config(more=f"{FLEET}\ninstance: {pod.base.name}"))
+                await asyncio.gather(*(pod.start() for pod in (*self.pods, *self.fleet)))
                 await self.prometheus.start()
                 self._load = [asyncio.create_task(self._light_load(pod)) for pod in self.pods]
                 await self._quiet()
@@ -154,7 +96,7 @@ class Watch:
                     task.cancel()
                 await asyncio.gather(*self._load, return_exceptions=True)
                 await self.prometheus.stop()
-                for pod in self.pods:
+                for pod in (*self.pods, *self.fleet):
                     pod.close()
         return self.recording
 
@@ -182,6 +124,14 @@ class Watch:
         async with self._session.get(f"{pod.url}/logs/{log_id}", timeout=wait) as answer:
             await answer.read()
             return answer.status
+
+    async def order(self, pod: Pod, path: str, body: Any) -> Any:
+        """What an operator asks of one pod."""
+        headers = {"Authorization": f"Bearer {self._token.read_text()}"}
+        wait = aiohttp.ClientTimeout(total=PATIENCE)
+        async with self._session.post(f"{pod.url}{path}", json=body, headers=headers, timeout=wait) as answer:
+            assert answer.status == 200, await answer.text()
+            return await answer.json()
 
     async def _quiet(self) -> None:
         """Nothing is wrong: await six silent evaluations in a row; what never lets them come is a false alarm.
@@ -265,7 +215,8 @@ async def _a_record_breaks_a_constraint(w: Watch) -> AsyncIterator[None]:
     assert await w.post(w.pods[2], [{"service_name": "s", "status_code": 599}, *[{"service_name": "s"}] * 20]) == 202
     yield
     await _sql(w, f'ALTER TABLE "{w.pg.table}" DROP CONSTRAINT no_599')
-    await _replaced(w, w.pods[2])
+    redrive = {"select": {"all": True}, "reason": "the constraint is gone"}
+    assert (await w.order(w.pods[2], "/api/control/dead-letters/redrive", redrive))["records"] == 1
 
 
 @asynccontextmanager
@@ -320,6 +271,13 @@ async def _a_container_is_killed(w: Watch) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def _an_instance_of_the_fleet_is_killed(w: Watch) -> AsyncIterator[None]:
+    w.fleet[0].kill()
+    yield
+    await w.fleet[0].start()
+
+
+@asynccontextmanager
 async def _the_disk_flips_a_bit(w: Watch) -> AsyncIterator[None]:
     w.ddb_proxy.on("*", Reset())
     for _ in range(5):  # the log may just have begun anew; then it holds too little that counts
@@ -335,6 +293,10 @@ async def _the_disk_flips_a_bit(w: Watch) -> AsyncIterator[None]:
     await w.pods[1].start()
     yield
     w.ddb_proxy.clear()
+    await w.pods[1].drained()
+    await w.order(
+        w.pods[0], "/api/migration/repair", {"dry_run": False, "reason": "what the disk lost is in the other"}
+    )
 
 
 @asynccontextmanager
@@ -404,15 +366,6 @@ async def _sql(w: Watch, statement: str) -> None:
         await connection.close(timeout=5)
 
 
-async def _replaced(w: Watch, pod: Pod) -> None:
-    """The pod is deleted when it has drained, and a new one comes with an empty volume."""
-    await pod.drained()
-    pod.terminate()
-    await pod.exit_code()
-    shutil.rmtree(pod.spool)
-    await pod.start()
-
-
 SCRIPT: tuple[tuple[Callable[[Watch], Any], set[str]], ...] = (
     (_dynamodb_is_down, {"SidecarPendingAge", "SidecarDivergenceAge", "SidecarDivergenceCount"}),
     (_dynamodb_throttles, {"SidecarThrottled"}),
@@ -424,13 +377,14 @@ SCRIPT: tuple[tuple[Callable[[Watch], Any], set[str]], ...] = (
     (_two_steps_at_once_are_asked_for, {"SidecarPhaseHeld"}),
     (_one_pod_is_forced_two_steps_ahead, {"SidecarUnsafePhases", "SidecarForcedTransition"}),
     (_a_container_is_killed, {"SidecarDown"}),
+    (_an_instance_of_the_fleet_is_killed, {"SidecarFleetSilent"}),
     (_the_disk_flips_a_bit, {"SidecarSpoolDamaged"}),
     (
         _both_stores_are_down_until_the_spool_is_full,
         {"SidecarSpoolFullSoon", "SidecarSpoolNearCap", "SidecarBackPressure"},
     ),
     (_the_disk_is_slow, {"SidecarSlowCommits"}),
-    (_a_record_is_changed_behind_the_sidecars, {"SidecarShadowMismatch"}),
+    (_a_record_is_changed_behind_the_sidecars, {"SidecarShadowMismatch", "SidecarValidationNotClean"}),
 )
 
 
