@@ -4,7 +4,7 @@ The text was accepted as JSON before. Work is bounded: a payload longer than a r
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Final, NamedTuple, TypeVar
 
@@ -59,6 +59,15 @@ class Bounds(NamedTuple):
     text_limits: Mapping[str, int]  # characters, by field: ours or the mapped column's, the smaller
     number_limits: Mapping[str, tuple[int, int]] = MappingProxyType({})  # by field, where a mapped column is narrower
     reserved: str = ""  # what the computed ids of an adopted table's rows begin with; empty: none are
+
+
+def numbers_fit(records: Iterable[LogRecord], limits: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether every number fits its column; nothing is looked at where no column is narrower than the field."""
+    for name, (least, greatest) in limits.items():
+        numbers = [number for record in records if (number := getattr(record, name)) is not None]
+        if numbers and not (least <= min(numbers) and max(numbers) <= greatest):
+            return False
+    return True
 
 
 def read(text: bytes, bounds: Bounds, stamps: Timestamps) -> Given:

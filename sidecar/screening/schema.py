@@ -112,6 +112,15 @@ RULES: Final[Mapping[str, FieldRule]] = MappingProxyType(
 )
 assert tuple(RULES) == FIELDS  # noqa: S101  (one order for the wire, the record and the disk)
 
+
+def text_limits(columns: Mapping[str, int]) -> Mapping[str, int]:
+    """The longest text of each field, in characters: ours, or the mapped column's where that is narrower."""
+    limits = {name: rule.max_length for name, rule in RULES.items() if rule.max_length is not None}
+    for name, width in columns.items():
+        limits[name] = min(width, limits.get(name, width))
+    return MappingProxyType(limits)
+
+
 DEFAULT_LOG_TYPE: Final = "INFO"
 DEFAULT_IS_SUCCESS: Final = True
 

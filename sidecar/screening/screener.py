@@ -26,18 +26,18 @@ from sidecar.clock import Clock
 from sidecar.errors import MalformedBody, TooLarge
 from sidecar.record import LogRecord, encode
 from sidecar.screening import scan, shapes
-from sidecar.screening.exact import Bounds, complete, read, too_deep, too_large
+from sidecar.screening.exact import Bounds, complete, numbers_fit, read, too_deep, too_large
 from sidecar.screening.identity import Minter, canonical, derive_ids, version7_time
 from sidecar.screening.schema import (
     DEFAULT_IS_SUCCESS,
     DEFAULT_LOG_TYPE,
-    RULES,
     CamelWire,
     PascalWire,
     Refusal,
     Refused,
     Rule,
     Wire,
+    text_limits,
 )
 from sidecar.screening.timestamps import LATEST, Timestamps
 from sidecar.settings import Ingest
@@ -94,12 +94,7 @@ class Screener:
 
     def narrow(self, texts: Mapping[str, int], numbers: Mapping[str, tuple[int, int]], reserved: str) -> None:
         """Hold records against an adopted table from now on: its columns' widths and ranges, its computed ids."""
-        limits = {name: rule.max_length for name, rule in RULES.items() if rule.max_length is not None}
-        for name, width in texts.items():
-            limits[name] = min(width, limits.get(name, width))
-        self._text_limits: Mapping[str, int] = MappingProxyType(limits)
-        self._number_limits = MappingProxyType(dict(numbers))
-        self._reserved = reserved
+        self._limits = (text_limits(texts), MappingProxyType(dict(numbers)), reserved)
 
     def screen(self, body: bytes, form: Form, ingest: Ingest, key: str | None = None) -> Screened:
         """All of a body at once; raises as ``steps``."""
@@ -118,8 +113,7 @@ class Screener:
         """What the records of one request are held against, from now on."""
         now = self._clock.now_us()
         latest = min(now + int(ingest.max_future * 1_000_000), LATEST)
-        texts, numbers = self._text_limits, self._number_limits
-        return Bounds(ingest.max_record_bytes, ingest.max_depth, now, latest, texts, numbers, self._reserved)
+        return Bounds(ingest.max_record_bytes, ingest.max_depth, now, latest, *self._limits)
 
     # ---------------------------------------------------------------------------------------------- the fast lane
 
@@ -359,7 +353,7 @@ class Screener:
                 )
         except ValueError:  # a timestamp, an id or a payload's UTF-8 that the slow lane will word
             return None
-        if quotes != 2 * (set_fields + strings) or not _within(records, bounds.number_limits):
+        if quotes != 2 * (set_fields + strings) or not numbers_fit(records, bounds.number_limits):
             return None
         encoded = list(map(encode, records))
         if encoded and max(map(len, encoded)) > bounds.max_record_bytes:
@@ -440,15 +434,6 @@ class Screener:
         if "log_id" not in given:
             flags = -1 if key is None else flags | ("log_timestamp" not in given) << 2
         return record, data, _content(record, data, flags)
-
-
-def _within(records: Sequence[LogRecord], limits: Mapping[str, tuple[int, int]]) -> bool:
-    """Whether every number fits its column; nothing is looked at where no column is narrower than the field."""
-    for name, (least, greatest) in limits.items():
-        numbers = [number for record in records if (number := getattr(record, name)) is not None]
-        if numbers and not (least <= min(numbers) and max(numbers) <= greatest):
-            return False
-    return True
 
 
 def _content(record: LogRecord, encoded: bytes, flags: int) -> bytes | None:
