@@ -166,6 +166,12 @@ def _adopt(args: argparse.Namespace) -> int:
     return _run(adopt.adopt(args))
 
 
+def _clear_dynamodb(args: argparse.Namespace) -> int:
+    from sidecar.operator import clear  # noqa: PLC0415
+
+    return _run(clear.run(args))
+
+
 def _init_stores(args: argparse.Namespace) -> int:
     loaded = _load(args)
     from sidecar import app  # noqa: PLC0415  (as above)
@@ -216,6 +222,12 @@ VERBS: Final[Sequence[Verb]] = (
         "copy what one store holds and the other lacks, and prove it",
         _backfill,
         backfill_arguments.for_backfill,
+    ),
+    Verb(
+        "clear-dynamodb",
+        "delete DynamoDB's records, to make them again from PostgreSQL; only where nothing can be lost",
+        _clear_dynamodb,
+        backfill_arguments.for_clear,
     ),
     Verb("validate", "compare the two stores, exactly", _validate, for_validate),
     Verb("repair", "insert what one store lacks; a dry run unless --apply", _repair, for_repair),

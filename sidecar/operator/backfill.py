@@ -136,6 +136,7 @@ class _Watched:
 
     def __init__(self, request: Request) -> None:
         self._stage = ""
+        self._paused: str | None = None
         self._progress = Progress("surveyed")
         self._job = request.job
 
@@ -146,6 +147,11 @@ class _Watched:
             self._stage = seen.stage
             self._progress = Progress({"copy": "copied", "survey": "surveyed"}.get(seen.stage, seen.stage))
             _say(f"{self._job.key}: {seen.stage}")
+        paused = run.parts.filler.pace.paused_by
+        if paused != self._paused:
+            self._progress.close()
+            self._paused = paused
+            _say("resumed" if paused is None else f"paused by {paused} ({run.parts.filler.pace.reason})")
         if seen.stage == "done":
             return
         copying = seen.stage == "copy"

@@ -1,7 +1,8 @@
 """The table, its four indexes and the fleet table: what they must be, how they are made, how they are checked.
 
-``EXPECTED`` is the one description; ``create`` makes what is missing of it and ``check`` compares with it. Nothing is
-ever deleted or changed here: a table with another key is reported, not repaired.
+``EXPECTED`` is the one description; ``create`` makes what is missing of it and ``check`` compares with it. A table
+with another key is reported, not repaired; nothing is ever deleted here but by ``drop``, which has a guard of its own
+(``sidecar.backfill.clearing``).
 """
 
 from collections.abc import Sequence
@@ -96,6 +97,25 @@ async def create(wire: Wire, options: settings.DynamoDB, *, clock: Clock) -> Seq
                 table = await _until_active(client, options.table, clock)
         done.extend(await _features(client, options))
     return done
+
+
+async def drop(wire: Wire, options: settings.DynamoDB, *, clock: Clock) -> Sequence[str]:
+    """Delete the table of records, and wait until it is gone; returns what was done. Raises StoreError.
+
+    The fleet table stays: the shard schedule, gaps and trail are worth more than before.
+    """
+    async with wire.control() as client:
+        if await _describe(client, options.table) is None:
+            return ()
+        await client.update_table(TableName=options.table, DeletionProtectionEnabled=False)
+        await _until_active(client, options.table, clock)
+        await client.delete_table(TableName=options.table)
+        deadline = clock.monotonic() + CREATE_SECONDS
+        while await _describe(client, options.table) is not None:
+            if clock.monotonic() >= deadline:
+                raise StoreError(DYNAMODB, RetryClass.TRANSIENT, f"table {options.table} is not gone yet", "NotGone")
+            await clock.sleep(POLL_SECONDS)
+    return (f"table {options.table} deleted",)
 
 
 async def _features(client: Any, options: settings.DynamoDB) -> list[str]:
