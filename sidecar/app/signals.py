@@ -1,22 +1,37 @@
 """Which signal does what to a running sidecar."""
 
 import asyncio
+import logging
 import signal
 
 from sidecar.reload import Watcher
 
+log = logging.getLogger(__name__)
+
 
 class Signals:
-    """SIGTERM and SIGINT stop, SIGHUP looks at the configuration."""
+    """SIGTERM and SIGINT stop, SIGHUP looks at the configuration.
+
+    Once stopping, another SIGTERM or SIGINT changes nothing: the drain ends at its deadline anyway, and a process that
+    died of the second one would leave its files as after a crash, with an exit code that says so. It stays like this
+    until the event loop is closed.
+    """
 
     def __init__(self, stop: asyncio.Event, watcher: Watcher) -> None:
         self._loop = asyncio.get_running_loop()
-        self._handlers = {signal.SIGTERM: stop.set, signal.SIGINT: stop.set, signal.SIGHUP: watcher.trigger}
+        self._stops = (signal.SIGTERM, signal.SIGINT)
+        self._stop = stop
+        self._watcher = watcher
 
     def __enter__(self) -> None:
-        for number, handler in self._handlers.items():
-            self._loop.add_signal_handler(number, handler)
+        for number in self._stops:
+            self._loop.add_signal_handler(number, self._stop.set)
+        self._loop.add_signal_handler(signal.SIGHUP, self._watcher.trigger)
 
     def __exit__(self, *_: object) -> None:
-        for number in self._handlers:
-            self._loop.remove_signal_handler(number)
+        for number in (*self._stops, signal.SIGHUP):
+            self._loop.add_signal_handler(number, _already_stopping, number)
+
+
+def _already_stopping(number: signal.Signals) -> None:
+    log.info("already stopping", extra={"signal": number.name})

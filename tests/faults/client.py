@@ -5,6 +5,7 @@ says whether answers count; the driver clears it in the tick in which it breaks 
 """
 
 import asyncio
+import io
 import json
 import os
 import random
@@ -19,6 +20,8 @@ import aiohttp
 from tests.faults.rows import Row
 from tests.parts import oracle
 from tests.parts.sidecar import eventually
+
+_JSON = {"Content-Type": "application/json"}
 
 
 class History:
@@ -47,9 +50,10 @@ class History:
         if self.counting:
             self.acked.update(dict.fromkeys(ids, document.get("phase", "")))
 
-    def unanswered(self) -> None:
+    def unanswered(self, why: str) -> None:
         """The connection broke first: the records may be there or not."""
         self.broken += 1
+        self._line({"unanswered": why})
 
     def _line(self, what: dict[str, Any]) -> None:
         os.write(self._fd, (json.dumps(what) + "\n").encode())
@@ -91,7 +95,7 @@ class Client:
         batch: int = 5,
         size: int = 400,
         pause: float = 0.0,
-        patience: float = 20.0,
+        patience: float = 10.0,
         socket: str | None = None,
     ) -> None:
         self.history = History(row.history)
@@ -115,6 +119,7 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop(0.0 if error else 20.0)
+        await asyncio.sleep(0.05)  # for transports to close: a session's end does not wait for them
         self.history.close()
 
     async def stop(self, seconds: float = 20.0) -> None:
@@ -139,10 +144,11 @@ class Client:
         """One request; its status, None where the connection broke."""
         self.history.sends(records)
         try:
-            async with session.post(f"{self.url}/logs", json=records) as answer:
+            body = io.BytesIO(json.dumps(records).encode())  # aiohttp warns of large bodies that are plain bytes
+            async with session.post(f"{self.url}/logs", data=body, headers=_JSON) as answer:
                 document = json.loads(await answer.text())
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            self.history.unanswered()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self.history.unanswered(repr(error))
             return None
         self.history.answered(answer.status, document)
         return answer.status

@@ -260,6 +260,13 @@ def opens_a_file_per_commit() -> None:
     Committer._commit = opening  # type: ignore[method-assign]  (that is the sabotage)
 
 
+def no_budget() -> None:
+    """Nothing bounds what all bodies take together."""
+    from sidecar.api.body import Budget
+
+    Budget.take = lambda _self, _size: None  # type: ignore[method-assign]  (that is the sabotage)
+
+
 SABOTAGES: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -278,6 +285,7 @@ SABOTAGES: dict[str, Callable[[], None]] = {
         forgets_at_exit,
         no_lock,
         opens_a_file_per_commit,
+        no_budget,
     )
 }
 
