@@ -80,6 +80,7 @@ MORE_WORDS = {
     "spool": ["ls"],
     "dead-letter": ["ls"],
     "store": ["pause", "postgres", "--why", "x"],
+    "clear-dynamodb": ["--table", "x", "--why", "x"],
 }
 
 
