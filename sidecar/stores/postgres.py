@@ -84,6 +84,7 @@ class PostgresStore:
         self._clock = clock
         self._mapping = mapping = table_mapping(options)
         self._schema, self._table, relation = mapping.schema, mapping.table, mapping.relation
+        self._columns = mapping.names
         self._ids = None if mapping.adopted is None else mapping.adopted.ids
         self._sql = Statements(mapping)
         self._rows = Rows(mapping)
@@ -314,7 +315,7 @@ class PostgresStore:
                 return False
             rows = self._rows.of(batch)
             taken: str = await link.connection.copy_records_to_table(
-                self._table, schema_name=self._schema, columns=self._mapping.names, records=rows
+                self._table, schema_name=self._schema, columns=self._columns, records=rows
             )
             return taken == f"COPY {len(batch)}"
 
