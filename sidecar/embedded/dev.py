@@ -18,15 +18,15 @@ from typing import Final
 import yaml
 
 from sidecar import app, config
+from sidecar.app.backfill import Request, backfill
+from sidecar.app.delivery import build_stores
+from sidecar.backfill.job import Job
 from sidecar.clock import SystemClock
 from sidecar.embedded.dynamodb import REGION, EmbeddedDynamoDB
 from sidecar.embedded.postgres import EmbeddedPostgres
+from sidecar.phase import DYNAMODB, POSTGRES
 from sidecar.settings import Settings
-from sidecar.stores.dynamodb import DynamoDBStore
-from sidecar.stores.postgres import PostgresStore
 
-_EVERYTHING: Final = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # years 1 to 9999
-_BATCH: Final = 25
 _CREDENTIALS: Final = {
     "AWS_ACCESS_KEY_ID": "local",
     "AWS_SECRET_ACCESS_KEY": "local",
@@ -97,30 +97,16 @@ def _configuration(
 
 async def _prepare(settings: Settings) -> None:
     """Create the tables, and make DynamoDB's records again from PostgreSQL."""
-    clock = SystemClock()
-    sql = PostgresStore(settings.postgres, clock=clock)
-    dynamo = DynamoDBStore(settings.dynamodb, clock=clock)
+    stores = build_stores(settings, SystemClock())
     try:
-        await asyncio.gather(sql.create(), dynamo.create())
-        copied = 0
-        ids: list[str] = []
-        async for entry in sql.scan(*_EVERYTHING):
-            ids.append(entry.log_id)
-            if len(ids) == _BATCH:
-                copied += await _copy(ids, sql, dynamo)
-                ids = []
-        copied += await _copy(ids, sql, dynamo)
-        if copied:
-            say(f"made {copied} records of DynamoDB again from PostgreSQL (the local DynamoDB forgets)")
+        await asyncio.gather(*(store.create() for store in stores.values()))
     finally:
-        await asyncio.gather(sql.close(), dynamo.close())
-
-
-async def _copy(ids: list[str], source: PostgresStore, target: DynamoDBStore) -> int:
-    records = [r for r in await asyncio.gather(*map(source.get, ids)) if r is not None]
-    if records:
-        await target.put_if_absent(records)
-    return len(records)
+        await asyncio.gather(*(store.close() for store in stores.values()))
+    done = await backfill(settings, Request(Job(POSTGRES, DYNAMODB), skip_refused=True), lambda _: None)
+    if done.stage != "done":  # Ctrl-C
+        raise KeyboardInterrupt
+    if done.copied:
+        say(f"made {done.copied} records of DynamoDB again from PostgreSQL (the local DynamoDB forgets)")
 
 
 def _announce(loaded: config.Loaded, data: Path, postgres: EmbeddedPostgres, dynamodb: EmbeddedDynamoDB) -> None:

@@ -62,7 +62,8 @@ def _request(args: argparse.Namespace) -> Request:
     if args.source is None or args.destination is None or args.source == args.destination:
         seen = f"--from {args.source} --to {args.destination}"
         raise ConfigError("--from, --to", seen=seen, allowed="postgres and dynamodb, one each")
-    gaps_only = (args.hours or ("gaps" if args.destination == POSTGRES else "all")) == "gaps"
+    back = args.destination == POSTGRES and not args.dry_run  # a copy back; a dry run looks at everything
+    gaps_only = (args.hours or ("gaps" if back else "all")) == "gaps"
     job = Job(
         source=args.source,
         destination=args.destination,

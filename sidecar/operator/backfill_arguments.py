@@ -27,7 +27,7 @@ def for_backfill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hours",
         choices=("gaps", "all"),
-        help="gaps: hours with an open gap of the destination (default into postgres); all: default into dynamodb",
+        help="gaps: hours with an open gap of the destination (default into postgres); all: the default otherwise",
     )
     shard = parser.add_mutually_exclusive_group()
     shard.add_argument("--shard", metavar="I/N", help="this process's part, 0/N to N-1/N; default: everything")
