@@ -74,7 +74,7 @@ export function fill(table, rows) {
 // facts: [[term, cell]], into a dl.
 export function facts(list, pairs) {
   const kept = new Map([...list.children].map((pair) => [pair.dataset.key, pair]));
-  for (const [term, cell] of pairs) {
+  pairs.forEach(([term, cell], at) => {
     let pair = kept.get(term);
     if (pair) {
       kept.delete(term);
@@ -82,11 +82,11 @@ export function facts(list, pairs) {
       pair = document.createElement("div");
       pair.dataset.key = term;
       pair.append(document.createElement("dt"), document.createElement("dd"));
-      list.append(pair);
     }
+    if (list.children[at] !== pair) list.insertBefore(pair, list.children[at] || null);
     put(pair.firstElementChild, term);
     fillCell(pair.lastElementChild, cell);
-  }
+  });
   for (const pair of kept.values()) pair.remove();
 }
 

@@ -113,12 +113,12 @@ const OUTCOMES = { clean: "good", divergent: "bad", failed: "bad", undecided: "w
 
 export function validation(answer) {
   const { body, state, error } = answer;
-  const last = body?.runs?.[0];
+  const last = body?.runs?.find((run) => run.finished_at);
   const said = {
     absent: "Not enabled in this sidecar.",
     closed: "Not shown: it needs the token of reads. Ask GET /api/migration/validation.",
     failed: `It did not answer: ${error}`,
-    answered: last ? "" : "No validation has run yet.",
+    answered: last ? "" : "No validation has been finished yet.",
   }[state];
   put(byId("validation-none"), said);
   show(byId("validation-none"), Boolean(said));
@@ -133,7 +133,7 @@ export function validation(answer) {
       ["Found", found],
       ["Window (UTC)", `${last.start ? moment(last.start) : "everything"} to ${moment(last.end)}`],
       ["Records", `${count(last.sql_record_count)} in PostgreSQL, ${count(last.dynamo_db_record_count)} in DynamoDB`],
-      ["Finished (UTC)", last.finished_at ? moment(last.finished_at) : "not yet"],
+      ["Finished (UTC)", moment(last.finished_at)],
       ["Compared", last.mode],
     );
   }

@@ -13,7 +13,7 @@ from playwright.async_api import expect
 from tests.integration.page.browser import look
 from tests.parts.fault_proxy import Reset
 from tests.parts.sidecar import ROOT, eventually
-from tests.scenarios.test_operator import SECRET, TOKEN, account, allow, controlled, poisoned
+from tests.scenarios.test_operator import SECRET, TOKEN, account, allow, controlled, poisoned, sql
 from tests.scenarios.test_write_path import post
 
 HOSTILE = '"><img src=x onerror="window.harmed=1"><script>window.harmed=2</script>{{7*7}}'
@@ -278,3 +278,24 @@ async def test_it_shows_a_fleet_of_two_and_what_holds_it(stand, browser):
         await seen.sees("#applied", "dual_write")
         assert seen.errors == []
     assert second.process.poll() is None
+
+
+async def test_it_shows_what_the_last_validation_found(stand, browser, http):
+    """None yet; then clean, over how many; then a changed row as a difference, by reason and without its values."""
+    sidecar = await stand.sidecar(phase="dual_write", validation={"interval": 0}).start()
+    async with look(browser, sidecar.url) as seen:
+        await seen.sees("#validation-none", "No validation has been finished yet")
+        await post(http, sidecar, [{"service_name": "s", "user_id": SECRET}] * 7)
+        await sidecar.drained()
+        for outcome, found in (("clean", "no difference"), ("divergent", "field_mismatch")):
+            async with http.get(f"{sidecar.url}/api/migration/validate-consistency?deep=true") as answer:
+                assert (await answer.json())["outcome"] == outcome
+            pause = seen.page.get_by_role("button", name="Pause updates")
+            await pause.click()
+            await pause.click()  # looks at once
+            await seen.sees("#validation", outcome)
+            await seen.sees("#validation", found)
+            await seen.sees("#validation", "7 in PostgreSQL")
+            await sql(stand, "UPDATE integration_logs SET user_id = 'somebody else'")
+        assert SECRET not in await seen.page.content() + await seen.bodies()
+        assert seen.errors == []
