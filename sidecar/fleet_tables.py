@@ -73,6 +73,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     oldest_pending_us: dict[StoreName, int] = {}
     dead_letters: dict[StoreName, int] = {}
     open_gaps: dict[StoreName, int] = {}
+    shadow: dict[str, int] = {}  # shadow reads since the process started: ``compared``, ``unexplained``
     at_us: int = 0
 
     @property

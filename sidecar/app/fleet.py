@@ -19,19 +19,17 @@ from typing import Final, Self
 
 from sidecar import __version__
 from sidecar.app import observe
-from sidecar.app.parts import LedgeredStore, SpoolMemory
-from sidecar.app.phases import Alone, Chronicle, InForce, Task, Use, phase_document
+from sidecar.app.parts import SpoolMemory
+from sidecar.app.phases import Chronicle, Task, Use, phase_document
 from sidecar.clock import Clock
-from sidecar.fleet import Controller, FleetMember, Identity, Load, Outlook, Presence, StepGate, Wish, protocol
+from sidecar.fleet import Controller, FleetMember, Identity, Load, Member, Outlook, Presence, StepGate, Wish, protocol
 from sidecar.fleet import Use as FleetUse
 from sidecar.fleet.clock import BootClock
-from sidecar.fleet.stores import build_fleet_stores
 from sidecar.fleet_tables import FleetRecord, FleetStore
-from sidecar.gaps import GapKind
+from sidecar.gates import Report
 from sidecar.intake import Standing
 from sidecar.metrics import Metrics, Row
 from sidecar.migration import Desired, PhaseSwitch
-from sidecar.not_owed import NotOwed
 from sidecar.obligations import Obligations
 from sidecar.phase import STORES, Phase, Policy, StoreName
 from sidecar.settings import Settings
@@ -44,49 +42,10 @@ _FAREWELL: Final = 2.0  # seconds for the last heartbeat
 _SOON: Final = 0.5  # seconds between two ticks while something is moving
 
 
-async def open_phase(
-    spool: Spool,
-    stores: Mapping[StoreName, LedgeredStore],
-    settings: Callable[[], Settings],
-    *,
-    instance: str,
-    metrics: Metrics,
-    clock: Clock,
-    open_gaps: Callable[[], Mapping[tuple[StoreName, GapKind], int]],
-) -> tuple[InForce, NotOwed]:
-    """The phase in force, and the ledger of what it does not owe. Raises SpoolRefused, Busy, SpoolFailed."""
-    obligations = Obligations(spool)
-    phase: Alone | FleetPhase
-    if settings().fleet.enabled:
-        phase = await FleetPhase.open(
-            spool,
-            build_fleet_stores(stores),
-            settings,
-            obligations=obligations,
-            instance=instance,
-            metrics=metrics,
-            open_gaps=lambda: _by_store(open_gaps()),
-        )
-    else:
-        phase = await Alone.open(spool, settings, clock=clock, metrics=metrics)
-    not_owed = NotOwed(
-        spool,
-        ledgers={name: store.gap_ledger for name, store in stores.items()},
-        uses=phase.use,
-        undecided=obligations.undecided,
-        instance=instance,
-        clock=clock,
-    )
-    if isinstance(phase, FleetPhase):
-        phase.republish = not_owed.republish
-    return phase, not_owed
-
-
-def _by_store(gaps: Mapping[tuple[StoreName, GapKind], int]) -> dict[StoreName, int]:
-    found: dict[StoreName, int] = {}
-    for (store, _kind), n in gaps.items():
-        found[store] = found.get(store, 0) + n
-    return found
+MakeGates = Callable[
+    [Callable[[], Sequence[Report]], Callable[[], Phase], Callable[[], int | None]], Sequence[StepGate]
+]
+"""Gates from the instances' reports, the phase in force, and since when it is."""
 
 
 class _Hold:
@@ -122,9 +81,10 @@ class FleetPhase:
         switch: PhaseSwitch,
         obligations: Obligations,
         instance: str,
-        gates: Sequence[StepGate],
+        gates: MakeGates,
         metrics: Metrics,
         open_gaps: Callable[[], Mapping[StoreName, int]],
+        shadow: Callable[[], Mapping[str, int]],
         clock: Clock,
     ) -> None:
         """``open_gaps`` is what this instance knows of them; ``clock`` must go on while the machine is suspended."""
@@ -134,8 +94,9 @@ class FleetPhase:
         self._settings = settings
         self._obligations = obligations
         self._open_gaps = open_gaps
+        self._shadow = shadow
         self._clock = clock
-        self._stores = stores
+        self.stores = stores
         self._nudged = asyncio.Event()
         fleet = settings().fleet
         self._interval = fleet.heartbeat
@@ -154,7 +115,7 @@ class FleetPhase:
             stores,
             clock,
             wish=self._wish,
-            gates=gates,
+            gates=gates(self.reports, lambda: self.policy.phase, self._since),
             authority=settings().phase_authority,
             lease_s=3 * fleet.heartbeat,
             on_change=self._said,
@@ -171,9 +132,10 @@ class FleetPhase:
         *,
         obligations: Obligations,
         instance: str,
-        gates: Sequence[StepGate] = (),
+        gates: MakeGates,
         metrics: Metrics,
         open_gaps: Callable[[], Mapping[StoreName, int]] = dict,
+        shadow: Callable[[], Mapping[str, int]] = dict,
         clock: Clock | None = None,
     ) -> "FleetPhase":
         """What the spool remembers. Raises SpoolRefused, Busy, SpoolFailed."""
@@ -197,6 +159,7 @@ class FleetPhase:
             gates=gates,
             metrics=metrics,
             open_gaps=open_gaps,
+            shadow=shadow,
             clock=time,
         )
 
@@ -264,7 +227,7 @@ class FleetPhase:
                 "fenced": member.fenced,
                 "claimed_epoch": member.claimed,
                 "leads": outlook.leads,
-                "record": None if record is None else _record_document(record),
+                "record": None if record is None else record_document(record),
                 "holds": outlook.holds,
                 "instances": states,
                 "trouble": member.trouble,
@@ -323,7 +286,7 @@ class FleetPhase:
             await self._rounds()  # the wish travels with the heartbeat
 
     async def _rounds(self) -> None:
-        await asyncio.gather(*(self.member.round(store) for store in self._stores))
+        await asyncio.gather(*(self.member.round(store) for store in self.stores))
 
     def _wish(self) -> Wish:
         settings = self._settings()
@@ -338,7 +301,23 @@ class FleetPhase:
             },
             dead_letters={store: each.dead_lettered for store, each in counters.items()},
             open_gaps=dict(self._open_gaps()),
+            shadow=dict(self._shadow()),
         )
+
+    # --- what gates ask --------------------------------------------------------------------------------------------
+
+    def reports(self) -> Sequence[Report]:
+        """Of every instance the newest process, as observed last; of one that restarted, not what it was before."""
+        newest: dict[str, Member] = {}
+        for member in self.controller.census.members:
+            known = newest.get(member.heartbeat.instance)
+            if known is None or (member.counts, -member.unchanged_s) > (known.counts, -known.unchanged_s):
+                newest[member.heartbeat.instance] = member
+        return [report_of(member) for member in newest.values()]
+
+    def _since(self) -> int | None:
+        record = self.member.applied
+        return None if record is None else record.at_us
 
     # --- what is said ----------------------------------------------------------------------------------------------
 
@@ -377,7 +356,23 @@ class FleetPhase:
         return [(labels, float(n)) for labels, n in counts.items()]
 
 
-def _record_document(record: FleetRecord) -> dict[str, object]:
+def report_of(member: Member) -> Report:
+    """What a heartbeat says, with ages by its own clock and the time since by ours."""
+    row = member.heartbeat
+    return Report(
+        instance=row.instance,
+        works=member.counts,
+        phase=row.phase,
+        pending=row.pending,
+        oldest_s={s: max(0.0, (row.at_us - us) / 1e6) + member.unchanged_s for s, us in row.oldest_pending_us.items()},
+        dead_letters=row.dead_letters,
+        compared=row.shadow.get("compared", 0),
+        unexplained=row.shadow.get("unexplained", 0),
+    )
+
+
+def record_document(record: FleetRecord) -> dict[str, object]:
+    """The record with phases by name."""
     document: dict[str, object] = {name: getattr(record, name) for name in record.__struct_fields__}
     document["phase"] = record.phase.label
     for name in ("preparing", "desired"):

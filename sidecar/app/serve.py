@@ -15,10 +15,11 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from sidecar import jsonlog
@@ -28,15 +29,17 @@ from sidecar.api.consistency import Consistency
 from sidecar.api.control import Control
 from sidecar.api.guard import Guard
 from sidecar.api.listener import Listener
+from sidecar.api.migration import Migration
 from sidecar.api.parts import ApiParts, Found, OpsParts, Readiness
 from sidecar.api.server import build_app, build_ops
 from sidecar.api.tokens import TokenFile
 from sidecar.app import observe
-from sidecar.app.delivery import build_delivery, build_stores
 from sidecar.app.adopted import AdoptedTable
 from sidecar.app.consistency import ConsistencyService
-from sidecar.app.fleet import open_phase
+from sidecar.app.delivery import build_delivery, build_stores
+from sidecar.app.evidence import build_evidence
 from sidecar.app.parts import FailClosed, PendingIn, ShadowTrouble
+from sidecar.app.phase_wiring import Asked, Phased, open_phase
 from sidecar.app.phases import InForce
 from sidecar.app.signals import Signals
 from sidecar.app.supervise import keep_running
@@ -46,7 +49,7 @@ from sidecar.config import Loaded
 from sidecar.errors import ConfigError, SpoolFailed
 from sidecar.intake import Intake
 from sidecar.metrics import Metrics
-from sidecar.not_owed import Accounted, NotOwed
+from sidecar.not_owed import Accounted
 from sidecar.overflow import Overflow
 from sidecar.phase import STORES
 from sidecar.reads import Reads, Shadow
@@ -107,8 +110,8 @@ class _Sidecar:
         self._failure: SpoolFailed | None = None
         self._ready = False
         self._spool: Spool
+        self._phased: Phased
         self._phase: InForce
-        self._not_owed: NotOwed
         self._overflow: Overflow
         self._intake: Intake
         self._reads: Reads
@@ -150,21 +153,31 @@ class _Sidecar:
         self._metrics.observe("undelivered_at_exit", lambda: [((s,), float(counts.get(s, 0))) for s in STORES])
 
     async def _serve(self) -> int:
-        self._phase, self._not_owed = await open_phase(
+        self._phased = await open_phase(
             self._spool,
             self._stores,
             lambda: self._settings,
             instance=self._instance(),
             metrics=self._metrics,
             clock=self._clock,
-            open_gaps=lambda: self._overflow.open_gaps(),  # noqa: PLW0108  (made after the phase is known)
+            asked=Asked(lambda: self._overflow.open_gaps(), lambda: self._shadow.totals()),  # noqa: PLW0108  (made later)
+            evidence=build_evidence(self._stores, self._settings, self._clock),
         )
+        self._phase = self._phased.phase
         self._build_delivery()
         self._intake = self._build_intake()
+        adopted = AdoptedTable(
+            self._stores,
+            self._settings.postgres,
+            self._intake,
+            self._spool,
+            policy=lambda: self._phase.policy,
+            instance=self._instance(),
+            clock=self._clock,
+        )
+        await adopted.start()
         self._build_reads()
         parts = self._api_parts()
-        adopted = AdoptedTable(self._stores, self._settings.postgres, self._intake, self._spool, self._clock)
-        await adopted.start()
         control = self._build_control(parts)
         self._consistency = ConsistencyService(
             self._stores,
@@ -176,7 +189,7 @@ class _Sidecar:
             clock=self._clock,
         )
         consistency = Consistency(self._consistency, control.guard, parts.budget)
-        routes = (*query.routes(self._reads), *control.routes(), *consistency.routes())
+        routes = (*query.routes(self._reads), *control.routes(), *self._phase_routes(control), *consistency.routes())
         app = build_app(parts, routes, control.guard)
         listener = Listener(app, self._settings.listen.app, self._settings.listen)
         for name, shipper in self._shippers.items():
@@ -186,6 +199,8 @@ class _Sidecar:
         for name, part in (*overflow, *self._phase.tasks(), *self._consistency.tasks()):
             self._spawn(keep_running(name, part, clock=self._clock, died=lambda _name: None))
         self._spawn(keep_running("shadow reads", self._shadow.run, clock=self._clock, died=lambda _name: None))
+        for name, part in adopted.tasks():
+            self._spawn(keep_running(name, part, clock=self._clock, died=lambda _name: None))
         await listener.start()
         try:
             self._watch()
@@ -199,8 +214,6 @@ class _Sidecar:
             self._ready = False
             for task in self._tasks:
                 task.cancel()
-        for name, part in adopted.tasks():
-            self._spawn(keep_running(name, part, clock=self._clock, died=lambda _name: None))
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await listener.stop(_GRACE)
         return await self._leave()
@@ -212,7 +225,7 @@ class _Sidecar:
             lambda: self._settings,
             clock=self._clock,
             metrics=self._metrics,
-            source=Accounted(self._not_owed),
+            source=Accounted(self._phased.not_owed),
         )
         self._shippers.update(self._delivery.shippers)
         self._delivery.steering.restore()
@@ -272,6 +285,9 @@ class _Sidecar:
         token = TokenFile(lambda: self._settings.control.token_file)
         guard = Guard(token, self._spool.audit, self._clock)
         return Control(self._spool, self._delivery.letters, self._delivery.steering, guard, parts.budget)
+
+    def _phase_routes(self, control: Control) -> Sequence[web.RouteDef]:
+        return Migration(self._phased.control, control.guard, control.budget, self._clock.now_us).routes()
 
     def _api_parts(self) -> ApiParts:
         async def get(log_id: str) -> Found:
@@ -365,7 +381,7 @@ class _Sidecar:
         watcher = self._watcher
         return {
             "instance": self._instance(),
-            "phase": {**self._phase.status(), "gap_ledger_trouble": self._not_owed.trouble},
+            "phase": {**self._phase.status(), "gap_ledger_trouble": self._phased.not_owed.trouble},
             "stores": observe.delivery_status(self._spool, self._shippers, self._clock),
             "orders": self._delivery.steering.status(),
             "spool": observe.spool_status(self._spool),

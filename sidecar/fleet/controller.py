@@ -37,6 +37,10 @@ PATIENCE: Final = 60.0  # seconds that gates may be red after a preparation befo
 STEPS: Final = 16  # changes at most in one tick: a whole walk, with room; more would be a loop
 
 
+Evidences = tuple[dict[str, str], ...]
+"""Gates with what they found, as the trail keeps them."""
+
+
 class Evidence(Protocol):
     """What one gate found; any object with these attributes."""
 
@@ -164,8 +168,11 @@ class Controller:
             except StoreError:  # it expires by itself
                 continue
 
-    async def examine(self) -> Outlook:
-        """The same look by any instance, with gates, and nothing changed: for ``?dry_run=true`` and people."""
+    async def examine(self, target: Phase | None = None) -> Outlook:
+        """The same look by any instance, with gates, and nothing changed: for ``?dry_run=true`` and people.
+
+        The gates are those of the next step toward ``target``; None: of the step that is due.
+        """
         copies = await self._copies()
         if protocol.highest(copies.copies.values()) is None:
             return Outlook(holds=decision.create(copies, self._wish(), by="", at_us=0).holds)
@@ -173,9 +180,14 @@ class Controller:
         decided = decision.decide(view, self._authority)
         record = protocol.highest(view.copies.values())
         findings: tuple[Finding, ...] = ()
-        if record is not None and decided.move is not None:
-            findings = await self.evaluate(record, decided.move)
+        move = decided.move if target is None or record is None else protocol.next_move(record, target)
+        if record is not None and move is not None:
+            findings = await self.evaluate(record, move)
         return Outlook(record, False, self._dated(decided.holds), findings, view.members)
+
+    async def survey(self) -> View:
+        """Both copies and every heartbeat, read now; nothing is decided."""
+        return await self._with_members(await self._copies())
 
     async def evaluate(self, record: FleetRecord, move: Move) -> tuple[Finding, ...]:
         """Evidence of every gate that guards this move (a preparation is guarded as its step is)."""
@@ -194,8 +206,12 @@ class Controller:
                 found.append(self._finding(evidence.gate, evidence.ok, evidence.observed, evidence.required))
         return tuple(found)
 
-    async def request(self, phase: Phase, *, by: str, why: str, force: str | None = None) -> FleetRecord:
+    async def request(
+        self, phase: Phase, *, by: str, why: str, force: str | None = None, evidence: Evidences = (), entry_id: str = ""
+    ) -> FleetRecord:
         """Set the desired phase in the fleet record (``phase_authority: api``); returns the record with it.
+
+        ``evidence`` is kept in the trail under ``entry_id``.
 
         Raises:
             StoreError: the copy that decides cannot be reached, or somebody else kept changing it.
@@ -211,6 +227,7 @@ class Controller:
             if change is None:
                 return top
             entry = self._entry("wish", top, top.phase, phase, by=by, why=why, forced=force is not None)
+            entry = msgspec.structs.replace(entry, evidence=evidence, id=entry_id or entry.id)
             if await self._write(change, entry):
                 return change.new
         raise await self._refusal(protocol.AUTHORITY[Phase.SQL_ONLY])
@@ -301,17 +318,7 @@ class Controller:
             return replace(base, holds=self._dated(decided.holds), findings=findings)
         action = "prepare" if move.preparing is not None else "abandon" if move.phase == record.phase else "step"
         entry = self._entry(action, record, record.phase, target, by=change.new.by, why=change.new.why, forced=forced)
-        evidence = tuple(
-            {
-                "gate": f.gate,
-                "ok": str(f.ok).lower(),
-                "observed": f.observed,
-                "required": f.required,
-                "since_us": str(f.since_us),
-            }
-            for f in findings
-        )
-        if await self._write(change, _with_evidence(entry, evidence)):
+        if await self._write(change, msgspec.structs.replace(entry, evidence=evidence_of(findings))):
             done.append(f"{action} to {target.label}")
         return None
 
@@ -425,8 +432,18 @@ class Controller:
         return outlook
 
 
-def _with_evidence(entry: AuditEntry, evidence: tuple[dict[str, str], ...]) -> AuditEntry:
-    return msgspec.structs.replace(entry, evidence=evidence)
+def evidence_of(findings: Sequence[Finding]) -> Evidences:
+    """As the trail keeps it."""
+    return tuple(
+        {
+            "gate": f.gate,
+            "ok": str(f.ok).lower(),
+            "observed": f.observed,
+            "required": f.required,
+            "since_us": str(f.since_us),
+        }
+        for f in findings
+    )
 
 
 def _completed(entry: AuditEntry, written: bool, at_us: int) -> AuditEntry:

@@ -49,6 +49,7 @@ class Load:
     oldest_pending_us: dict[StoreName, int] = field(default_factory=dict)  # wall clock at accept
     dead_letters: dict[StoreName, int] = field(default_factory=dict)
     open_gaps: dict[StoreName, int] = field(default_factory=dict)
+    shadow: dict[str, int] = field(default_factory=dict)  # reads compared, and unexplained, since the start
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +280,7 @@ class FleetMember:
             oldest_pending_us=load.oldest_pending_us,
             dead_letters=load.dead_letters,
             open_gaps=load.open_gaps,
+            shadow=load.shadow,
             at_us=self._clock.now_us(),
         )
 

@@ -43,6 +43,7 @@ _QUEUED: Final = 8  # answers that wait to be compared
 _QUEUED_BYTES: Final = 8 * 1024 * 1024
 _SLOW_FACTOR: Final = 4
 _SLOW_AT_LEAST: Final = 0.5  # seconds; faster is never called slow
+_COMPARED: Final = frozenset({Outcome.MATCH, Outcome.IN_FLIGHT, Outcome.EXPECTED_GAP}) | MISMATCHES
 _KEPT: Final = 20  # mismatches shown in /status
 _NAMED: Final = 10  # ids of one mismatch shown
 _DAY_US: Final = 86_400_000_000
@@ -140,6 +141,14 @@ class Shadow:
             "skipped": dict(self._skipped),
             "last_mismatches": list(self._mismatches),
         }
+
+    def totals(self) -> Mapping[str, int]:
+        """Reads ``compared`` since the start, and of these the mismatches that nothing explains."""
+        compared = unexplained = 0
+        for (_, result), n in self._counts.items():
+            compared += n if result in _COMPARED else 0
+            unexplained += n if result in MISMATCHES else 0
+        return {"compared": compared, "unexplained": unexplained}
 
     def offer(self, served: Served) -> None:
         """Take a served read, or leave it; costs next to nothing where it is not sampled."""

@@ -1,41 +1,153 @@
-"""Phase control from outside: one process of a fleet, real stores, real evidence, and what an operator sees of it."""
+"""Phase control from outside: one process of a fleet, real stores, evidence by the product's own commands."""
 
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from tests.parts import oracle
-from tests.parts.sidecar import Sidecar, eventually
+from tests.parts.sidecar import ROOT, Sidecar, eventually
 
+TOKEN = "phase-control-token"
 FLEET = {"enabled": True, "heartbeat": "300ms", "fence_after": "3s"}
 
 
-async def post(http: aiohttp.ClientSession, sidecar: Sidecar, n: int = 1) -> list[str]:
-    """Records, acknowledged."""
-    body = [{"service_name": "phase-control", "request_data": str(i)} for i in range(n)]
-    async with http.post(f"{sidecar.url}/logs", json=body) as answer:
-        assert answer.status == 202, await answer.text()
-        return (await answer.json())["log_ids"]
+class Operator:
+    """Asks one sidecar as an operator does."""
+
+    def __init__(self, http: aiohttp.ClientSession, sidecar: Sidecar) -> None:
+        self.http = http
+        self.sidecar = sidecar
+
+    async def ask(self, route: str, body: Any = None, **headers: str) -> tuple[int, dict[str, Any]]:
+        """POST to /api/migration with the token, unless ``Authorization`` is given."""
+        sent = {"Authorization": f"Bearer {TOKEN}", **headers}
+        async with self.http.post(f"{self.sidecar.url}/api/migration/{route}", json=body, headers=sent) as answer:
+            return answer.status, await answer.json()
+
+    async def refused_by(self, route: str) -> set[str]:
+        """The gates that refuse it."""
+        status, answer = await self.ask(route)
+        assert status == 409, answer
+        return {gate["gate"] for gate in answer["error"]["failed"]}
+
+    async def send(self, n: int = 20) -> list[str]:
+        """Records, acknowledged; their ids."""
+        body = [{"service_name": "phase-control", "request_data": str(i)} for i in range(n)]
+        async with self.http.post(f"{self.sidecar.url}/logs", json=body) as answer:
+            assert answer.status == 202, await answer.text()
+            return (await answer.json())["log_ids"]
+
+    async def phase(self) -> str:
+        """Applied."""
+        return (await self.sidecar.json("/api/migration"))["applied"]
+
+    async def reaches(self, phase: str) -> None:
+        """Await it."""
+
+        async def there() -> bool:
+            return await self.phase() == phase
+
+        await eventually(there, what=phase)
+
+    async def run(self, *arguments: str, code: int = 0) -> str:
+        """A command of the product."""
+        config = str(self.sidecar.mount.directory / "config.yaml")
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "sidecar", *arguments, "--config", config],
+            cwd=ROOT,
+            env={**os.environ, **self.sidecar.environ},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)
+        return done.stdout
 
 
-async def phase_of(sidecar: Sidecar) -> dict[str, Any]:
-    """The part of /status about the phase."""
-    return (await sidecar.json("/status"))["phase"]
+async def test_a_fleet_walks_to_the_end_and_back_on_evidence_alone(stand, http, tmp_path: Path):
+    """0 to 3 and back to 0 by the API: each step waits for its gates, and nothing acknowledged is missing in the end."""
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    sidecar = await stand.sidecar(
+        phase="sql_only",
+        phase_authority="api",
+        fleet=FLEET,
+        control={"token_file": str(token)},
+        phases={"min_soak": 0},
+        validation={"settle": 0, "interval": 0},
+    ).start()
+    operator = Operator(http, sidecar)
+    sent = await operator.send()
 
+    assert (await operator.ask("enable-dual-write", Authorization=""))[0] == 401
+    assert (await operator.ask("enable-dual-write", Authorization="Bearer other"))[0] == 401
+    assert (await operator.ask("enable-dual-write", Host="evil.example"))[0] == 403
+    async with http.get(f"{sidecar.url}/api/control/audit", headers={"Authorization": f"Bearer {TOKEN}"}) as answer:
+        trail = [line["evidence"] for line in (await answer.json())["audit"]]
+    assert [line for line in trail if line.startswith("refused")] == [
+        "refused: Forbidden",
+        "refused: Unauthorized",
+        "refused: Unauthorized",
+    ]
+    assert await operator.refused_by("disable-sql-writes") == {"adjacent_step"}
 
-async def test_an_instance_of_a_fleet_walks_step_by_step_and_loses_nothing(stand, http):
-    """0 to 3 and back to 0 through the fleet record: every acknowledged record is where its phase owes it."""
-    sidecar = await stand.sidecar(phase="sql_only", fleet=FLEET).start()
-    ids: dict[str, list[str]] = {}
-    for phase in ("sql_only", "dual_write", "dual_write_read_dynamo", "dynamo_only"):
-        sidecar.configure(phase=phase)
+    status, plan = await operator.ask("enable-dual-write?dry_run=true")
+    assert (status, plan["green"], await operator.phase()) == (200, True, "sql_only")
+    status, answer = await operator.ask("enable-dual-write", {"reason": "change 1"})
+    assert (status, answer["applied"]) == (200, True), answer
+    sent += await operator.send()
 
-        async def applied(phase=phase) -> bool:
-            return (await phase_of(sidecar))["applied"] == phase
-
-        await eventually(applied, what=phase)
-        ids[phase] = await post(http, sidecar, 20)
     await sidecar.drained()
-    sql, dynamo = await stand.in_postgres(), await stand.in_dynamodb()
-    oracle.assert_holds(sql, [*ids["sql_only"], *ids["dual_write"], *ids["dual_write_read_dynamo"]])
-    oracle.assert_holds(dynamo, [*ids["dynamo_only"], *ids["dual_write"], *ids["dual_write_read_dynamo"]])
+    assert await operator.refused_by("switch-to-dynamo-reads") == {"no_open_gap", "days_validated", "tail_validated"}
+    await operator.run("backfill", "--from", "postgres", "--to", "dynamodb")
+    await operator.run("validate", "--all")
+    status, answer = await operator.ask("switch-to-dynamo-reads")
+    assert status in (200, 202), answer
+    await operator.reaches("dual_write_read_dynamo")
+    sent += await operator.send()
+
+    await sidecar.drained()
+    await operator.run("validate", "--all")
+    assert await operator.refused_by("disable-sql-writes") == {"reverse_feasible"}
+    await operator.run("backfill", "--from", "dynamodb", "--to", "postgres", "--dry-run")
+    status, answer = await operator.ask("disable-sql-writes")
+    assert status in (200, 202), answer
+    await operator.reaches("dynamo_only")
+    alone = await operator.send()
+    await sidecar.drained()
+    assert not set(alone) & (await stand.in_postgres()).keys()
+
+    status, answer = await operator.ask("rollback", {"to": "dual_write", "reason": "change 2"})
+    assert status == 202, answer
+    await operator.reaches("dual_write_read_dynamo")
+    again = await operator.send()
+
+    async def held() -> bool:
+        return "no_open_gap" in [hold["gate"] for hold in (await sidecar.json("/api/migration"))["holds"]]
+
+    await eventually(held, what="held by the gap of PostgreSQL")
+    await operator.run("backfill", "--from", "dynamodb", "--to", "postgres")
+    await operator.reaches("dual_write")
+    status, answer = await operator.ask("rollback")
+    assert status in (200, 202), answer
+    await operator.reaches("sql_only")
+
+    await sidecar.drained()
+    everything = [*sent, *alone, *again]
+    oracle.assert_holds(await stand.in_postgres(), everything)
+    oracle.assert_holds(await stand.in_dynamodb(), everything)
+    history = (await sidecar.json("/api/migration/history?limit=1000"))["history"]
+    steps = [(e["from"], e["to"]) for e in reversed(history) if e["action"] == "step" and e["outcome"] == "done"]
+    way = ["sql_only", "dual_write", "dual_write_read_dynamo", "dynamo_only"]
+    walk = [*way, *way[-2::-1]]
+    assert steps == list(pairwise(walk))
+    assert {e["outcome"] for e in history} == {"intended", "done", "refused"}
+    assert any("change 2" in e["why"] for e in history), json.dumps(history)[:2000]
