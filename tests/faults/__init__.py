@@ -7,6 +7,6 @@ from both stores. Each row has at least one negative control: the same test on a
 
     make ci-faults                             the counts of CI
     make faults                                the long counts
-    FAULTS_SEED=7 make faults ROWS=F3          a row again, with the seed that the failure printed
+    FAULTS_SEED=7 make faults ROWS=f3_         a row again, with the seed that the failure printed
     .run/faults/F3-*.jsonl                     what was sent, answered and broken, in order
 """

@@ -267,6 +267,14 @@ def no_budget() -> None:
     Budget.take = lambda _self, _size: None  # type: ignore[method-assign]  (that is the sabotage)
 
 
+def no_admission() -> None:
+    """Nobody is pushed back before the disk itself is full."""
+    from sidecar.spool.admission import Admission
+
+    Admission.enter = lambda _self, _size: None  # type: ignore[method-assign]  (that is the sabotage)
+    Admission.leave = lambda _self, _size: None  # type: ignore[method-assign]  (that is the sabotage)
+
+
 SABOTAGES: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -286,6 +294,7 @@ SABOTAGES: dict[str, Callable[[], None]] = {
         no_lock,
         opens_a_file_per_commit,
         no_budget,
+        no_admission,
     )
 }
 

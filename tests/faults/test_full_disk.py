@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.client import Client
+from tests.faults.process import start
+from tests.faults.verdict import drained, guilty, judge, require
 from tests.parts import oracle
 from tests.parts.account import watching
 from tests.parts.sidecar import eventually
@@ -56,8 +59,9 @@ async def offer(session, sidecar) -> tuple[int, dict[str, str], dict]:
         return answer.status, dict(answer.headers), json.loads(await answer.text())
 
 
-async def test_a_full_file_system_pushes_back_drains_and_recovers_by_itself(small_disk, stand, http):  # noqa: F811
-    """Full under load: 503 disk_full, ready, reads and drains go on; space back: 202 by itself, nothing lost."""
+async def test_f6_a_full_file_system_pushes_back_drains_and_recovers_by_itself(begin, small_disk, stand, http):  # noqa: F811
+    """F6: full under load: 503 disk_full, ready, reads and drains go on; space back: 202 by itself, nothing lost."""
+    begin("F6")
     options = {"directory": str(small_disk / "spool"), "allow_volatile": False, "ballast_bytes": 8 * MIB}
     await stand.sql.refuse()
     sidecar = await stand.sidecar(spool=options, phase="dual_write_read_dynamo").start()
@@ -100,6 +104,50 @@ async def test_a_full_file_system_pushes_back_drains_and_recovers_by_itself(smal
     oracle.assert_same(sql, dynamo)
     sidecar.terminate()
     assert await sidecar.exit_code() == 0
+
+
+async def slowly_full(row, stand, disk: Path, rounds: int, without: str = "") -> None:  # noqa: F811
+    """The records themselves fill the file system; a filler takes and gives back the rest at random."""
+    sidecar = stand.sidecar(spool={"directory": str(disk / "spool"), "ballast_bytes": 4 * MIB}, phase="sql_only")
+    await start(sidecar, without=without)
+    await stand.sql.refuse()
+    filler = disk / "filler"
+    async with Client(row, sidecar.url, workers=2, size=20_000) as client:
+        for _ in range(rounds):
+            refused = client.history.statuses[503]
+            if without:
+                await asyncio.to_thread(fill, filler)
+                await client.acked(200)
+                sidecar.kill()
+                await asyncio.to_thread(fill, filler)
+                filler.unlink()
+                await start(sidecar)
+            else:
+                await eventually(lambda n=refused: client.history.statuses[503] > n, seconds=60, what="push-back")
+                await stand.sql.normal()
+                await asyncio.sleep(row.rng.uniform(0, 0.3))
+                await asyncio.to_thread(fill, filler)
+                await asyncio.sleep(row.rng.uniform(0, 0.3))
+                filler.unlink()
+                await client.acked(20)
+                await stand.sql.refuse()
+        await client.stop()
+        await stand.sql.normal()
+        await drained(sidecar)
+        require("stopped", sidecar.process.poll(), "a full disk is no reason to stop")
+        await judge(client.history, stand, sidecar)
+
+
+async def test_f6_a_disk_filled_by_the_records_themselves_loses_nothing(begin, small_disk, stand):  # noqa: F811
+    """F6: slowly full, drained, suddenly full, free again: 503 and 202 in turn, everything acknowledged arrives."""
+    row = begin("F6")
+    await slowly_full(row, stand, small_disk, row.rounds)
+
+
+async def test_f6_control_answers_that_ignore_a_full_disk_are_found_guilty(begin, small_disk, stand):  # noqa: F811
+    """The control: a commit that found no room is answered as done."""
+    with guilty("lost"):
+        await slowly_full(begin("F6"), stand, small_disk, 1, "no_admission,ignored_errors")
 
 
 async def found(sidecar, log_id: str) -> bool:
