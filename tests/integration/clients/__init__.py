@@ -1,0 +1,1 @@
+"""Real clients against a real sidecar; ``docs/clients`` shows the same configurations."""
