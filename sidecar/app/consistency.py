@@ -1,6 +1,7 @@
 """How the comparison of the two stores is put together: for a sidecar, and for the commands that compare alone."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from sidecar.consistency import (
     FIRST_US,
     Fleet,
     Known,
-    Nobody,
     Options,
     OwnSpool,
     Rules,
@@ -25,11 +25,11 @@ from sidecar.consistency import (
     document,
     fates_of_spool,
 )
-from sidecar.consistency.evidence import Validations, unexplained
+from sidecar.consistency.evidence import Validations
 from sidecar.consistency.late import LateWrites
 from sidecar.consistency.repair import Repair
 from sidecar.consistency.tail import LEASE_SECONDS, Tail
-from sidecar.errors import BadRequest, Busy
+from sidecar.errors import BadRequest, Busy, StoreError
 from sidecar.fleet.census import Census, Presence
 from sidecar.fleet_tables import FateLine, Heartbeat
 from sidecar.gaps import GapLine
@@ -39,12 +39,16 @@ from sidecar.record import timestamp_text
 from sidecar.settings import Settings
 from sidecar.spool import Spool, view
 from sidecar.stores.dynamodb import DynamoDBStore
-from sidecar.verdicts import DAY_US, EXAMPLES, RunLine, ValidationLedger
+from sidecar.verdicts import DAY_US, RunLine, ValidationLedger
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _CLOCKS_US: Final = 3_600_000_000  # what is due to expire within the hour is not called missing, nor inserted
 _LEASE: Final = "validation"
 _SHOWN: Final = 10  # runs in an answer
+_LOOKED_AT: Final = 5  # runs that the metrics look at
+_REFRESH: Final = 60.0  # seconds between two looks at them
 
 
 def home_of(stores: Mapping[StoreName, object]) -> DynamoDBStore:
@@ -100,7 +104,9 @@ def build_repair(
     )
 
 
-def ask_the_fleet(stores: Mapping[StoreName, LedgeredStore], instance: str | None, clock: Clock) -> Fleet:
+def ask_the_fleet(
+    stores: Mapping[StoreName, LedgeredStore], settings: Settings, instance: str | None, clock: Clock
+) -> Fleet:
     """The other sidecars of the fleet's tables; ``instance`` is this one, which is asked better directly."""
     census = Census()
     tables = {name: store.fleet for name, store in stores.items()}
@@ -116,7 +122,7 @@ def ask_the_fleet(stores: Mapping[StoreName, LedgeredStore], instance: str | Non
     async def fates(log_ids: Sequence[str]) -> Sequence[FateLine]:
         return [line for table in tables.values() for line in await table.fates(log_ids)]
 
-    return Fleet(heartbeats, fates, clock=clock)
+    return Fleet(heartbeats, fates, clock=clock, poll=min(1.0, settings.fleet.heartbeat / 2))
 
 
 @dataclass(slots=True)
@@ -124,8 +130,17 @@ class _Last:
     """What the metrics say."""
 
     reasons: Mapping[str, int] | None = None
-    success_us: int | None = None
-    clean_us: int | None = None
+    success_us: int = 0
+    clean_us: int = 0
+
+    def take(self, lines: Sequence[RunLine]) -> None:
+        """The newest finished one, and when one was last clean."""
+        for line in lines:
+            finished_us = line.finished_us or 0
+            if finished_us > self.success_us:
+                self.success_us, self.reasons = finished_us, line.reasons
+            if line.outcome == "clean":
+                self.clean_us = max(self.clean_us, finished_us)
 
 
 class ConsistencyService:
@@ -152,7 +167,7 @@ class ConsistencyService:
         self._last = _Last()
         own: Whereabouts = OwnSpool(spool, instance, clock)
         if settings().fleet.enabled:
-            own = Together(ask_the_fleet(stores, instance, clock), own)
+            own = Together(ask_the_fleet(stores, settings(), instance, clock), own)
         self._validator = build_validator(stores, own, settings, clock=clock)
         self._ledger: ValidationLedger = home_of(stores).verdicts
         self.evidence = Validations(self._ledger, clock)
@@ -178,11 +193,17 @@ class ConsistencyService:
 
     def tasks(self) -> Sequence[tuple[str, Callable[[], Awaitable[None]]]]:
         """What has to run beside: name and what to run until it is cancelled."""
-        return ("validation", self._compare), ("late writes", self._note)
+        return ("validation", self.tail.run), ("late writes", self._note), ("verdicts", self._refresh)
 
-    async def _compare(self) -> None:
-        self._last = _last_of(await self._ledger.runs(_SHOWN)) if self._due() else self._last
-        await self.tail.run()
+    async def _refresh(self) -> None:
+        """What other instances and commands found is in the metrics of all: whoever is scraped says the same."""
+        while True:
+            if self._due() and self._settings().validation.interval:
+                try:
+                    self._last.take(await self._ledger.runs(_LOOKED_AT))
+                except StoreError as error:
+                    log.info("verdicts not read", extra={"store": error.store, "reason": error.reason})
+            await self._clock.sleep(min(_REFRESH, max(1.0, self._settings().validation.interval)))
 
     async def _note(self) -> None:
         """Late writes; what an earlier run left in the spool first."""
@@ -204,14 +225,11 @@ class ConsistencyService:
             return
 
     def _finished(self, line: RunLine) -> None:
-        self._last.reasons = line.reasons
-        self._last.success_us = line.finished_us
-        if line.outcome == "clean":
-            self._last.clean_us = line.finished_us
+        self._last.take([line])
 
     def _observe(self, metrics: Metrics) -> None:
-        def seconds(us: int | None) -> list[tuple[tuple[str, ...], float]]:
-            return [] if us is None else [((), us / 1e6)]
+        def seconds(us: int) -> list[tuple[tuple[str, ...], float]]:
+            return [((), us / 1e6)] if us else []
 
         metrics.observe(
             "divergence_at_rest_records",
@@ -322,16 +340,3 @@ def every_reason(reasons: Mapping[str, int] | None) -> dict[str, int]:
         return {}
     found = document(RunLine(id="", start_us=0, end_us=0, reasons=dict(reasons)))["reasons"]
     return cast("dict[str, int]", found)
-
-
-def _last_of(lines: Sequence[RunLine]) -> _Last:
-    finished = [line for line in lines if line.finished_us is not None]
-    clean = [line.finished_us for line in finished if not unexplained(line.reasons) and line.outcome == "clean"]
-    if not finished:
-        return _Last()
-    return _Last(
-        finished[0].reasons, finished[0].finished_us, max((us for us in clean if us is not None), default=None)
-    )
-
-
-__all__ = ["EXAMPLES", "ConsistencyService", "Nobody", "ask_the_fleet", "build_repair", "build_validator"]

@@ -36,6 +36,7 @@ from sidecar.verdicts import DAY_US, EXAMPLES, DayVerdict, Outcome, RunLine, Val
 
 _STEP: Final = 4_096  # entries compared between two looks at the clock
 _CANDIDATES: Final = 32_768  # kept in memory before they are decided
+_EMPTY_DAYS: Final = 62  # the widest window, in days, in which days without a record get a verdict too
 _STRETCH: Final = 60.0  # seconds after which candidates are decided and a checkpoint is kept
 
 
@@ -310,9 +311,9 @@ class _Run:
     def _days_over(self, day: int) -> Sequence[int]:
         """Days before ``day`` that the window covers from their first instant and that have no verdict of this run.
 
-        Of a run over everything only those with a record: before the first one there is no end of days.
+        Of a run over everything, or over years, only those with a record: before the first one is no end of days.
         """
-        if self.line.everything:
+        if self.line.end_us - self.line.start_us > _EMPTY_DAYS * DAY_US:
             return sorted(d for d in self._tallies if self._next_day <= d < day)
         return range(self._next_day, day)
 

@@ -168,7 +168,7 @@ class _Job:
     def _whereabouts(self) -> Whereabouts:
         asked: list[Whereabouts] = []
         if self.settings.fleet.enabled:
-            asked.append(ask_the_fleet(self.stores, None, self.clock))
+            asked.append(ask_the_fleet(self.stores, self.settings, None, self.clock))
         client = client_of(self._args, self.settings)
         directory = Path(self.settings.spool.directory)
         if listens(client):

@@ -2,14 +2,24 @@
 
 import asyncio
 import json
+import os
+import time
+import uuid
+from datetime import UTC, datetime, timedelta
 
 import aioboto3
+import aiohttp
+import pytest
 
+from tests.parts import oracle
 from tests.parts.fault_proxy import Refuse
-from tests.scenarios.test_operator import _as_process, controlled
-from tests.scenarios.test_reads import get, old
+from tests.parts.sidecar import eventually
+from tests.scenarios.test_operator import TOKEN, _as_process, controlled
+from tests.scenarios.test_reads import get, old, sql
 from tests.scenarios.test_write_path import post
 
+SECONDS = float(os.environ.get("VALIDATION_SECONDS", "10"))
+"""How long the validator runs under load; make ci-faults asks for 90."""
 DAY = "/api/migration/validate-consistency?startDate=2026-01-15&endDate=2026-01-15"
 FAST = {"settle": "1s", "interval": "0s"}
 
@@ -48,3 +58,189 @@ async def test_the_specifications_answer_of_a_clean_and_of_a_divergent_window(st
     assert (status, document["error"]["store"]) == (503, "dynamodb")
     assert await job(sidecar, "validate", "--all", code=2) == ""
     stand.dynamo.clear()
+
+
+def loaded(n):
+    """A record of now; every fifth is late, of yesterday, under an id that tells nothing of its age."""
+    if n % 5:
+        return {"service_name": f"s-{n % 7}", "request_data": "x" * 100}
+    when = datetime.now(UTC) - timedelta(hours=24, seconds=n % 1000)
+    return {"service_name": "late", "log_id": str(uuid.uuid4()), "log_timestamp": when.isoformat()}
+
+
+async def write(http, sidecar, until, acked):
+    """A client: small batches without end; one that was not answered is sent again as it was."""
+    n = 0
+    while time.monotonic() < until:
+        batch = [loaded(n + i) for i in range(10)]
+        n += len(batch)
+        while True:
+            try:
+                async with http.post(f"{sidecar.url}/logs", json=batch) as answer:
+                    if answer.status == 202:
+                        acked.update((await answer.json())["log_ids"])
+                        break
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.05)
+
+
+async def trouble(stand, victim, until):
+    """Both stores fail now and then, one sidecar is killed and starts again."""
+    while time.monotonic() < until:
+        stand.dynamo.on("BatchWriteItem", Refuse(500, "InternalServerError"))
+        await asyncio.sleep(1.0)
+        stand.dynamo.clear()
+        victim.kill()
+        await victim.start()
+        await stand.sql.refuse()
+        await asyncio.sleep(0.5)
+        await stand.sql.normal()
+        stand.dynamo.on("BatchWriteItem", Refuse(400, "ProvisionedThroughputExceededException"))
+        await asyncio.sleep(1.0)
+        stand.dynamo.clear()
+        await asyncio.sleep(2.0)
+
+
+def validated(*sidecars):
+    """What the logs say of finished rounds."""
+    return [event for sidecar in sidecars for event in sidecar.events() if event["event"] == "validated"]
+
+
+async def at_rest(*sidecars):
+    """Differences that the last validation found, of the instance that has the lease."""
+    found = {}
+    for sidecar in sidecars:
+        for name, value in (await sidecar.metrics()).items():
+            if name.startswith("sidecar_divergence_at_rest_records{") and value:
+                found[name.split('"')[1]] = value
+    return found
+
+
+@pytest.mark.timeout(300)
+async def test_under_load_retries_restarts_and_a_second_sidecar_nothing_is_called_divergent_that_is_not(stand, http):
+    """Zero false positives; then one record is taken away behind the sidecars: found in the next round, repaired."""
+    settings = {
+        "fleet": {"enabled": True, "heartbeat": "200ms", "fence_after": "5s"},
+        "validation": {"interval": "500ms", "settle": "4s", "rate": 0},
+    }
+    one, two = (
+        controlled(stand, "one", instance="one", **settings),
+        controlled(stand, "two", instance="two", **settings),
+    )
+    for sidecar in (one, two):
+        await sidecar.start()
+    acked = set()
+    until = time.monotonic() + SECONDS
+    await asyncio.gather(*(write(http, s, until, acked) for s in (one, two)), trouble(stand, two, until))
+    for sidecar in (one, two):
+        await sidecar.drained(60)
+    clean = len([e for e in validated(one, two) if e["outcome"] == "clean"])
+
+    async def clean_again():
+        return len([e for e in validated(one, two) if e["outcome"] == "clean"]) > clean + 1
+
+    async def settled():
+        return await at_rest(one, two) == {}
+
+    await eventually(clean_again, seconds=60, what=validated(one, two))
+    rounds = validated(one, two)
+    assert len(rounds) >= 3
+    assert [e for e in rounds if e["outcome"] not in ("clean", "undecided")] == []
+    await eventually(settled, seconds=20, what="both say the same")
+    oracle.assert_same(await stand.in_postgres(), await stand.in_dynamodb())
+    oracle.assert_holds(await stand.in_dynamodb(), acked)
+
+    lost = min(acked)
+    connection = await sql(stand)
+    await connection.execute("DELETE FROM integration_logs WHERE log_id = $1", uuid.UUID(lost))
+    await connection.close()
+
+    async def seen():
+        return await at_rest(one, two) == {"missing_in_sql": 1}
+
+    await eventually(seen, seconds=60, what="the lost record")
+    told = json.loads(await job(one, "repair", "--start", "2020-01-01", "--why", "lost", "--apply"))
+    assert told["repair"]["inserted"] == {"postgres": 1}
+
+    await eventually(settled, seconds=60, what="clean after the repair")
+    oracle.assert_same(await stand.in_postgres(), await stand.in_dynamodb())
+
+
+HOSTILE = (
+    ("startDate", "yesterday"),
+    ("startDate", ""),
+    ("startDate", "2026-02-30"),
+    ("startDate", "2026-01-15T25:00:00"),
+    ("startDate", "1768435200"),
+    ("endDate", "2026-01-15T12:00:00+25:00"),
+    ("endDate", "'; DROP TABLE integration_logs; --"),
+    ("endDate", "2026-01-15%00"),
+    ("endDate", "9" * 5000),
+    ("endDate", "\u0662\u0660\u0662\u0666-01-15"),
+    ("startDate", "2026-01-16&endDate=2026-01-15"),
+    ("deep", "1"),
+    ("deep", "TRUE"),
+    ("reveal", "yes"),
+    ("examples", "-1"),
+    ("examples", "1001"),
+    ("examples", "\u0661"),
+    ("examples", "9" * 400),
+)
+
+
+async def test_hostile_parameters_are_refused_by_name_and_reach_no_store(stand, http):
+    """400 naming the parameter, and never its value; given twice, unknown; and values need the control token."""
+    sidecar = await controlled(stand, validation=FAST).start()
+    path = "/api/migration/validate-consistency"
+    for name, value in HOSTILE:
+        status, document, _ = await get(http, sidecar, f"{path}?{name}={value}")
+        assert status == 400, (name, value, document)
+        assert document["error"]["message"].startswith(f"{name}:"), (name, value, document)
+        assert "DROP TABLE" not in document["error"]["message"]
+    for query, word in (("startDate=2026-01-15&startDate=2026-01-15", "startDate"), ("start=2026-01-15", "startDate")):
+        status, document, _ = await get(http, sidecar, f"{path}?{query}")
+        assert (status, word in document["error"]["message"]) == (400, True)
+    status, _, _ = await get(http, sidecar, f"{path}?reveal=true")
+    assert status == 401
+    for route in ("repair", "validation/stop"):
+        async with http.post(f"{sidecar.url}/api/migration/{route}", json={"reason": "x"}) as answer:
+            assert answer.status == 401
+    key = {"Authorization": f"Bearer {TOKEN}"}
+    for body in ({}, {"reason": " "}, {"reason": "x", "force": True}, {"reason": "x", "endDate": "soon"}, [], "x"):
+        async with http.post(f"{sidecar.url}/api/migration/repair", json=body, headers=key) as answer:
+            assert answer.status == 400, body
+    ids = [str(uuid.uuid4())] * 1001
+    for given in ({"log_ids": ids}, {"log_ids": ["no uuid"]}):
+        async with http.post(f"{sidecar.url}/api/control/whereabouts", json=given, headers=key) as answer:
+            assert answer.status == 400
+            assert (await answer.json())["error"]["message"].startswith("log_ids:")
+    async with http.get(f"{sidecar.url}/api/control/audit", headers=key) as answer:
+        trail = [line["what"] for line in (await answer.json())["audit"]]
+    assert "POST /api/migration/repair" in trail
+
+
+async def test_values_are_shown_to_who_has_the_token_and_only_after_it_was_audited(stand, http):
+    """Redacted in every other report, in /metrics and in the log."""
+    sidecar = await controlled(stand, validation=FAST).start()
+    (log_id,) = (await post(http, sidecar, [old(user_id="CANARY-1")]))["log_ids"]
+    await sidecar.drained()
+    connection = await sql(stand)
+    await connection.execute("UPDATE integration_logs SET user_id = 'CANARY-2' WHERE log_id = $1", uuid.UUID(log_id))
+    await connection.close()
+    key = {"Authorization": f"Bearer {TOKEN}"}
+    status, report, _ = await get(http, sidecar, DAY)
+    assert (status, report["reasons"]["field_mismatch"]) == (200, 1)
+    assert (report["examples"][0]["fields"], "CANARY" in json.dumps(report)) == (["user_id"], False)
+    async with http.get(f"{sidecar.url}{DAY}&reveal=true", headers=key) as answer:
+        shown = (await answer.json())["examples"][0]["values"]
+    assert shown == {"postgres": {"user_id": "CANARY-2"}, "dynamodb": {"user_id": "CANARY-1"}}
+    async with http.get(f"{sidecar.url}/api/control/audit", headers=key) as answer:
+        assert "values of differing records shown" in [line["why"] for line in (await answer.json())["audit"]]
+    known = await sidecar.json("/api/migration/validation")
+    assert [run["outcome"] for run in known["runs"]] == ["divergent"]
+    async with http.get(f"{sidecar.ops}/metrics") as answer:
+        text = await answer.text()
+    assert 'sidecar_divergence_at_rest_records{class="field_mismatch"} 1.0' in text
+    assert "CANARY" not in json.dumps(known) + text + sidecar.log.read_text()
