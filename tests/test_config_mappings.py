@@ -126,7 +126,7 @@ trees = st.recursive(
 
 
 @given(trees)
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_any_tree_is_read_or_refused(tree):
     """Nothing but ConfigError, which names a setting of the section; what is read is printed and read back."""
     try:

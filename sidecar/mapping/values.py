@@ -19,6 +19,7 @@ Read = tuple[object, bool]
 Reader = Callable[[object], Read | None]
 
 _decode: Final = msgspec.json.Decoder().decode
+_encode: Final = msgspec.json.Encoder().encode
 _STRUCTURES: Final = frozenset(b"{[")
 _DIGITS: Final = 20  # of the longest int64 with its sign
 _TRUTHS: Final = {"true": True, "false": False}
@@ -87,6 +88,8 @@ def _uuid(leaf: object) -> Read | None:
 
 
 def _payload(leaf: object) -> Read | None:
+    if isinstance(leaf, (dict, list)):
+        return Raw(_encode(leaf)), True  # as it is now: another field may still take a member out of it
     value = scalar(leaf)
     if isinstance(value, str) and "\0" in value:
         return None

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from google.protobuf import json_format
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.common.v1 import common_pb2
@@ -101,6 +102,7 @@ attributes = st.lists(
 )
 
 
+@hypothesis_settings(deadline=None)
 @given(body=values, given_attributes=attributes, severity=st.integers(0, 24), nanos=st.integers(1, 2**62))
 def test_both_encodings_of_any_record_become_the_same(body, given_attributes, severity, nanos):
     """Whatever the attributes and the body hold, the two decoders agree on the record."""
@@ -183,6 +185,7 @@ def test_a_body_that_is_no_request_is_malformed(body):
         list(otlp_json.events(body, lambda _: None))
 
 
+@hypothesis_settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_request_or_malformed(body):
     """Both decoders, on anything."""
