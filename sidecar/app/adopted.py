@@ -5,8 +5,8 @@ columns' bounds are looked up whenever a connection to PostgreSQL opens, and the
 start. Only the first start of all waits for the database, as long as one connection may take; without an answer the
 record's own bounds hold until there is one, and what a column then refuses is a dead letter, as any other such record.
 
-The watch looks every ``_WATCH`` seconds, for the whole fleet (``stores.postgres_tail``); a look that fails is made up
-for by the next one.
+The watch over old writers, and the copy of what they write (``old_rows``), run beside delivery. The watch looks every
+``_WATCH`` seconds, for the whole fleet (``stores.postgres_tail``); a look that fails is made up for by the next one.
 """
 
 import asyncio
@@ -16,11 +16,12 @@ from typing import Final
 
 import msgspec
 
+from sidecar.app.old_rows import OldRowsCopy
 from sidecar.clock import Clock
 from sidecar.errors import StoreError
 from sidecar.evidence import NotYet, Writers
 from sidecar.intake import Intake
-from sidecar.phase import POSTGRES, StoreName
+from sidecar.phase import DYNAMODB, POSTGRES, Policy, StoreName
 from sidecar.settings import Postgres
 from sidecar.spool import Spool
 from sidecar.stores.base import Store
@@ -46,9 +47,20 @@ class AdoptedTable:
     """Keeps the door as narrow as the table, and looks for old writers; does nothing where the table is our own."""
 
     def __init__(
-        self, stores: Mapping[StoreName, Store], options: Postgres, intake: Intake, spool: Spool, clock: Clock
+        self,
+        stores: Mapping[StoreName, Store],
+        options: Postgres,
+        intake: Intake,
+        spool: Spool,
+        *,
+        policy: Callable[[], Policy],
+        instance: str,
+        clock: Clock,
     ) -> None:
         store = stores[POSTGRES]
+        self._target = stores[DYNAMODB]
+        self._policy = policy
+        self._instance = instance
         self._store = store if isinstance(store, PostgresStore) and options.adopt.enabled else None
         self._table = f"{options.schema}.{options.table}"
         self._reserved = ComputedIds(options.adopt.tag).prefix
@@ -80,9 +92,15 @@ class AdoptedTable:
 
     def tasks(self) -> Sequence[tuple[str, Callable[[], Awaitable[None]]]]:
         """What is to be kept running."""
-        if self._store is None:
+        if self._store is None or self._store.old_rows is None:
             return ()
-        return ("adopted table's columns", self._remember), ("adopted table's writers", self._watch)
+        rows, leases = self._store.old_rows, self._store.fleet
+        copy = OldRowsCopy(rows, self._target, leases, policy=self._policy, holder=self._instance, clock=self._clock)
+        return (
+            ("adopted table's columns", self._remember),
+            ("adopted table's writers", self._watch),
+            ("rows of old writers", copy.run),
+        )
 
     async def _remember(self) -> None:
         """Until cancelled: keep the bounds that were seen last."""

@@ -73,6 +73,7 @@ class _Watched(msgspec.Struct):
     last_us: int | None
     bound: Bound
     seen: int  # rows of old writers with keys in (floor, high]
+    copied: Bound | None = None  # up to where somebody copied them; None: nobody began
 
 
 def watch_table(table: str) -> str:
@@ -189,6 +190,29 @@ class OldRows:
         """Look, for the whole fleet; ``sidecar.evidence.Writers``."""
         return await self._readers.run(self._watch, whole=False)
 
+    async def copied(self) -> Bound | None:
+        """Up to where the fleet has copied the rows of old writers; None: it has not begun."""
+        kept = await self._readers.run(self._read)
+        return None if kept is None else kept.copied
+
+    async def keep_copied(self, bound: Bound) -> None:
+        """Everything that ``rows`` gave up to ``bound`` is copied; an older one than is kept changes nothing."""
+        await self.old_writers()  # makes the row where it is missing
+
+        async def keep(link: Link) -> None:
+            async with link.connection.transaction(isolation="read_committed"):
+                kept = await self._read(link)
+                if kept is not None and (kept.copied is None or kept.copied.high <= bound.high):
+                    kept.copied = bound
+                    await link.connection.execute(self._keep, msgspec.json.encode(kept).decode())
+
+        await self._readers.run(keep, whole=False)
+
+    async def _read(self, link: Link) -> _Watched | None:
+        """The row of the watch, locked until the transaction around it ends."""
+        document = await link.connection.fetchval(self._kept)
+        return None if document is None else msgspec.json.decode(document, type=_Watched)
+
     async def _page(self, after: int, upto: int) -> Sequence[asyncpg.Record]:
         return await self._readers.run(lambda link: link.connection.fetch(self._sql.old_rows, after, upto))
 
@@ -201,16 +225,13 @@ class OldRows:
         connection = link.connection
         # Each statement has to see what was committed before it, whatever the server's default is.
         async with connection.transaction(isolation="read_committed"):
-            document = await connection.fetchval(self._kept)
+            found = await self._read(link)
             now = await self._ask(link)
-            if document is None:
-                kept = _Watched(now.now_us, None, Bound(now.high, now.high), 0)
-            else:
-                kept = msgspec.json.decode(document, type=_Watched)
+            kept = found or _Watched(now.now_us, None, Bound(now.high, now.high), 0)
             bound = _advanced(kept.bound, now)
             ((total, left),) = await connection.fetch(self._count, kept.bound.floor, bound.floor, bound.high)
             last = now.now_us if total > kept.seen or now.strangers else kept.last_us
-            new = _Watched(kept.since_us, last, bound, left)
+            new = _Watched(kept.since_us, last, bound, left, kept.copied)
             await connection.execute(self._keep, msgspec.json.encode(new).decode())
         return OldWriters(new.since_us, new.last_us)
 
