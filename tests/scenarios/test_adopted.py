@@ -135,6 +135,17 @@ async def test_a_table_is_adopted_under_a_running_sidecar(loan_stand: Stand, htt
         stored = await one.json(f"/logs/{log_id}")
         assert {name: stored[name] for name in held[log_id]} == held[log_id]
 
+    # The application still writes the old way: its rows follow to DynamoDB, the history waits for the backfill.
+    late = await old_rows(admin, BASE + 60_000_000, 30)
+
+    async def followed() -> bool:
+        return {r.log_id for r in late} <= set(await loan_stand.in_dynamodb())
+
+    await eventually(followed, what="rows of old writers in DynamoDB")
+    held = await loan_stand.in_dynamodb()
+    assert not {r.log_id for r in old} & set(held)
+    assert {name: held[late[3].log_id][name] for name in to_dict(late[3])} == to_dict(late[3])
+
     # The bounds are remembered: a start without the database keeps the door as narrow.
     one.terminate()
     assert await one.exit_code() == 0
