@@ -9,8 +9,9 @@ import pytest
 import yaml
 from kubernetes_validate import validate
 
-from sidecar.__main__ import VERBS
+from sidecar.__main__ import VERBS, build_parser
 from sidecar.config import load
+from sidecar.operator.validate import COULD_NOT, EXITS
 from sidecar.phase import Phase
 from tests.integration.k8s.tools import JOBS, OVERLAYS, ROOT, TOOLS, of_kind, render, run, tool
 
@@ -202,19 +203,55 @@ def test_the_sidecar_starts_first_and_runs_without_any_privilege(overlay):
     assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
 
 
+def pod_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The pod that a workload makes; empty for anything else."""
+    spec = manifest.get("spec", {})
+    return spec.get("jobTemplate", {"spec": spec})["spec"].get("template", {}).get("spec", {})
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_verb_that_a_manifest_calls_exists(target):
-    """No pod ends with `invalid choice`."""
+def test_every_command_line_of_a_manifest_is_understood(target):
+    """No pod ends with `invalid choice` or `unrecognized arguments`."""
     called = set()
     for manifest in render(target):
-        pod = manifest.get("spec", {}).get("template", {}).get("spec", {})
+        pod = pod_of(manifest)
         for container in [*pod.get("initContainers", []), *pod.get("containers", [])]:
             if container["image"].startswith("hybrid-log-sidecar"):
+                build_parser(VERBS).parse_args(container["args"])
                 called.add(container["args"][0])
             hooks = [h["exec"]["command"] for h in container.get("lifecycle", {}).values()]
             called |= set(re.findall(r"\bsidecar ([a-z-]+)", "\n".join(" ".join(words) for words in hooks)))
     assert called
     assert called <= {verb.name for verb in VERBS}
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("jobs/")])
+def test_what_runs_once_has_no_privilege_either_and_mounts_what_the_pods_mount(target):
+    """Not root, nothing writable but /tmp, no capability; the ConfigMap and the Secret by the names of the pods'."""
+    pods = [pod for pod in map(pod_of, render(target)) if pod]
+    assert pods
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["automountServiceAccountToken"] is False
+        (volume,) = (v for v in pod["volumes"] if v["name"] == "sidecar-config")
+        assert volume["configMap"]["name"] == "sidecar-config"
+        for container in pod["containers"]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_the_nightly_validation_tells_a_difference_apart_from_a_failure():
+    """Exit 1 ends the Job at once, anything else is tried again; two never run at a time."""
+    (job,) = of_kind(render("jobs/validate"), "CronJob")
+    assert job["spec"]["concurrencyPolicy"] == "Forbid"
+    spec = job["spec"]["jobTemplate"]["spec"]
+    (rule,) = (r for r in spec["podFailurePolicy"]["rules"] if r["action"] == "FailJob")
+    assert rule["onExitCodes"]["values"] == [EXITS["divergent"]]
+    assert COULD_NOT not in rule["onExitCodes"]["values"]
+    assert spec["backoffLimit"] > 0
+    assert rule["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"]
 
 
 def test_a_claim_and_not_an_emptydir_holds_the_spool_in_the_pvc_overlay():
