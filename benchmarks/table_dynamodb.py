@@ -192,6 +192,22 @@ class State(canned.State):
         self.kept: dict[str, Table] = {}
         self.walks: dict[tuple[str, str | None, int], list[tuple[str, ...]]] = {}
         self.reached: dict[tuple[str, str | None, int], int] = {}
+        self.read_units = 0.0  # as the service counts: half a unit each 4 KB, eventually consistent; twice that else
+        self.write_units = 0.0  # a unit each KB in the table, one in each index, one each KB where a condition fails
+
+    def stats(self) -> Json:
+        """Counts, and units of all tables together."""
+        log = max(self.kept.values(), key=lambda table: len(table.items), default=None)
+        return {
+            **super().stats(),
+            "distinct": 0 if log is None else len(log.items),
+            "read_units": self.read_units,
+            "write_units": self.write_units,
+        }
+
+    def has_read(self, size: int, *, consistent: bool = False) -> None:
+        """Count what one answer cost."""
+        self.read_units += max(1, -(-size // 4096)) * (1.0 if consistent else 0.5)
 
     def table(self, name: str) -> Table:
         if name not in self.kept:
@@ -245,12 +261,15 @@ def _units(table: Table, item: Json, size: int) -> Json:
 def put_item(state: State, body: bytes) -> bytes:
     request = _decode(body)
     table, item = state.table(request["TableName"]), request["Item"]
+    units = _units(table, item, len(body))
+    state.write_units += units["Table"]["CapacityUnits"]
     _condition(request, table.get(table.key_of(item)))
     table.put(item)
     state.puts += 1
+    state.write_units += len(units["GlobalSecondaryIndexes"])
     if "ReturnConsumedCapacity" not in request:
         return b"{}"
-    return _encode({"ConsumedCapacity": {"TableName": request["TableName"], **_units(table, item, len(body))}})
+    return _encode({"ConsumedCapacity": {"TableName": request["TableName"], **units}})
 
 
 def batch_write(state: State, body: bytes) -> bytes:
@@ -265,6 +284,7 @@ def batch_write(state: State, body: bytes) -> bytes:
             state.puts += 1
             units = _units(table, item, 1024)
             total["table"] = total.get("table", 0.0) + units["Table"]["CapacityUnits"]
+            state.write_units += units["CapacityUnits"]
             for index in units["GlobalSecondaryIndexes"]:
                 total[index] = total.get(index, 0.0) + 1.0
         indexes = {index: {"CapacityUnits": units} for index, units in total.items() if index != "table"}
@@ -283,6 +303,7 @@ def get_item(state: State, body: bytes) -> bytes:
     request = _decode(body)
     table = state.table(request["TableName"])
     found = table.items.get(table.key_of(request["Key"]))
+    state.has_read(len(found or b""), consistent=bool(request.get("ConsistentRead")))
     return b"{}" if found is None else b'{"Item":%b}' % found
 
 
@@ -290,8 +311,10 @@ def batch_get(state: State, body: bytes) -> bytes:
     answers = {}
     for name, wanted in _decode(body)["RequestItems"].items():
         table = state.table(name)
-        found = (table.items.get(table.key_of(key)) for key in wanted["Keys"])
-        answers[name] = [msgspec.Raw(item) for item in found if item is not None]
+        found = [item for key in wanted["Keys"] if (item := table.items.get(table.key_of(key))) is not None]
+        for item in found:
+            state.has_read(len(item), consistent=bool(wanted.get("ConsistentRead")))
+        answers[name] = [msgspec.Raw(item) for item in found]
     return _encode({"Responses": answers, "UnprocessedKeys": {}})
 
 
@@ -322,7 +345,9 @@ def update_item(state: State, body: bytes) -> bytes:
     return b"{}"
 
 
-def _page(request: Json, found: Iterator[tuple[str, ...]], table: Table, size: Callable[[Json], int]) -> bytes:
+def _page(
+    state: State, request: Json, found: Iterator[tuple[str, ...]], table: Table, size: Callable[[Json], int]
+) -> bytes:
     """Read until 1 MB, the limit or the end; then filter and project."""
     names, values = request.get("ExpressionAttributeNames", {}), request.get("ExpressionAttributeValues", {})
     text = request.get("FilterExpression")
@@ -344,6 +369,7 @@ def _page(request: Json, found: Iterator[tuple[str, ...]], table: Table, size: C
             keys = {*table.key, *(table.indexes[index] if index else ())}
             last = {name: item[name] for name in keys}
             break
+    state.has_read(read, consistent=bool(request.get("ConsistentRead")))
     answer: Json = {"Count": len(items), "ScannedCount": scanned}
     if request.get("Select") != "COUNT":
         answer["Items"] = items
@@ -376,7 +402,7 @@ def scan(state: State, body: bytes) -> bytes:
             state.reached[place] += 1
             yield walk[state.reached[place] - 1]
 
-    return _page(request, keys(), table, (lambda _: ENTRY_BYTES) if index else (lambda item: len(_encode(item))))
+    return _page(state, request, keys(), table, (lambda _: ENTRY_BYTES) if index else (lambda item: len(_encode(item))))
 
 
 _PARTITION = re.compile(r"(\w+) = (:\w+)(?: AND (.+))?")
@@ -405,7 +431,7 @@ def query(state: State, body: bytes) -> bytes:
         place = (start[sort]["S"], table.key_of(start))
         backwards = request.get("ScanIndexForward") is False
         entries = [entry for entry in entries if (entry < place if backwards else entry > place)]
-    return _page(request, iter([key for _, key in entries]), table, lambda _: ENTRY_BYTES)
+    return _page(state, request, iter([key for _, key in entries]), table, lambda _: ENTRY_BYTES)
 
 
 OPERATIONS: dict[str, Callable[[Any, bytes], bytes]] = {

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Final
 
@@ -45,7 +46,7 @@ async def run(args: argparse.Namespace) -> int:
             checkpoint = await backfill(settings, request, watched.show)
         finally:
             watched.close()
-        return _told(request.job, checkpoint, as_json=args.json)
+        return _told(request.job, checkpoint, watched.consumed, as_json=args.json)
 
     async def act(jobs: JobStore) -> int:
         if args.action == "status":
@@ -139,10 +140,12 @@ class _Watched:
         self._stage = ""
         self._paused: str | None = None
         self._progress = Progress("surveyed")
+        self.consumed: dict[str, float] = {}
         self._job = request.job
 
     def show(self, run: Backfill) -> None:
         seen = run.checkpoint
+        self.consumed = run.parts.filler.capacity.consumed
         if seen.stage != self._stage:
             self._progress.close()
             self._stage = seen.stage
@@ -168,9 +171,9 @@ def _trouble(run: Backfill) -> str:
     return "" if state is State.UP else f"{state} ({pace.reason})"
 
 
-def _told(job: Job, seen: Checkpoint, *, as_json: bool) -> int:
+def _told(job: Job, seen: Checkpoint, consumed: Mapping[str, float], *, as_json: bool) -> int:
     if as_json:
-        print(json.dumps({"job": job.key, **_figures(seen)}))  # noqa: T201  (the answer of a command)
+        print(json.dumps({"job": job.key, **_figures(seen), "write_units_of_this_process": consumed}))  # noqa: T201  (the answer of a command)
     else:
         for line in _lines(seen, dry=job.dry):
             _say(line)

@@ -1,0 +1,296 @@
+"""``python -m benchmarks.backfill --rows 200000``: what a backfill costs, in time, memory, units, and to live traffic.
+
+1. **There**: N rows of history in PostgreSQL (30 days of them), an empty DynamoDB that keeps and counts
+   (``table_dynamodb``), one process of ``sidecar backfill`` without a bound on its rate: records/s, its highest
+   resident memory, write and read units a million rows as the service counts them. The memory after a tenth of the
+   rows stands beside it: flat means that they are about equal.
+2. **Again**: the same once more, everything is there: what idempotence costs.
+3. **Back**: PostgreSQL emptied, all of it copied back.
+4. **Beside live traffic**: a sidecar in ``dual_write`` under an open load, first alone, then with a backfill at its
+   default rate on the same two stores: the answers' p99, and their ratio (to be at most 1.3).
+
+One JSON object on stdout; progress on stderr. Meant for a quiet machine with two cores: one for what is measured (the
+backfill in 1 to 3, the sidecar in 4), one for everything else (the backfill in 4: a Job has a node of its own).
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.database import Database
+from benchmarks.processes import Child, Cores, free_port, python, wait_until
+from benchmarks.records import record
+from sidecar import settings
+from sidecar.clock import SystemClock
+from sidecar.operator.backfill_arguments import DEFAULT_RATE
+from sidecar.record import LogRecord
+from sidecar.stores.dynamodb import DynamoDBStore
+from sidecar.stores.postgres import PostgresStore
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_EC2_METADATA_DISABLED": "true"}
+DAYS = 30
+LIVE_RATE = 500
+RATIO = 1.3
+
+
+def history(start: int, number: int, total: int) -> list[LogRecord]:
+    """Rows ``start`` .. ``start + number`` of ``total``, evenly over the days before today."""
+    first = (int(time.time()) // 86_400 - DAYS) * 86_400_000_000
+    made = []
+    for i in range(start, start + number):
+        fields = record(i % 1024)
+        us = first + i * DAYS * 86_400_000_000 // total
+        key = uuid.UUID(int=((us // 1000) << 80) | (7 << 76) | ((i & 0xFFF) << 64) | (2 << 62) | i)
+        made.append(
+            LogRecord(
+                str(key),
+                fields.get("application_id"),
+                fields.get("log_type", "INFO"),
+                fields["service_name"],
+                _text(fields.get("request_data")),
+                _text(fields.get("response_data")),
+                fields.get("status_code"),
+                fields.get("is_success", True),
+                fields.get("error_message"),
+                fields.get("processing_time_ms"),
+                us,
+                fields.get("correlation_id"),
+                fields.get("user_id"),
+            )
+        )
+    return made
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+class Bench:
+    """Both stores, a configuration, and processes on it."""
+
+    def __init__(self, directory: Path, cores: Cores) -> None:
+        self.directory = directory
+        self.cores = cores
+        self.database = Database(directory / "pg", cores.others, directory / "postgres.log")
+        self.table: Child | None = None
+        self.ports = [free_port(), free_port()]
+        self.config = directory / "config.yaml"
+
+    def start(self) -> None:
+        self.database.create()
+        self.database.start()
+        server = python("-m", "benchmarks.table_dynamodb")
+        self.table = Child("dynamodb", server, self.cores.others, self.directory / "dynamodb.log", first_line=True)
+        self.config.write_text(
+            yaml.safe_dump(
+                {
+                    "phase": "dual_write",
+                    "listen": {"app": f"127.0.0.1:{self.ports[0]}", "ops": f"127.0.0.1:{self.ports[1]}"},
+                    "spool": {"directory": str(self.directory / "spool"), "allow_volatile": True},
+                    "postgres": {"host": "127.0.0.1", "port": self.database.port, "user": "postgres"},
+                    "dynamodb": {"endpoint_url": self.endpoint, "region": "eu-west-1"},
+                }
+            )
+        )
+
+    @property
+    def endpoint(self) -> str:
+        assert self.table is not None
+        return f"http://127.0.0.1:{self.table.announced['port']}"
+
+    def stats(self) -> Any:
+        """The far side's counts."""
+        assert self.table is not None
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.table.announced['control']}/stats") as answer:
+            return json.loads(answer.read())
+
+    def stop(self) -> None:
+        if self.table is not None:
+            self.table.stop()
+        self.database.stop()
+
+    def postgres(self) -> PostgresStore:
+        where = settings.Postgres(host="127.0.0.1", port=self.database.port, user="postgres")
+        return PostgresStore(where, clock=SystemClock())
+
+    async def create(self) -> None:
+        sql = self.postgres()
+        dynamo = DynamoDBStore(settings.DynamoDB(endpoint_url=self.endpoint, region="eu-west-1"), clock=SystemClock())
+        try:
+            await sql.create()
+            await dynamo.create()
+        finally:
+            await sql.close()
+            await dynamo.close()
+
+    async def fill(self, start: int, number: int, total: int) -> None:
+        sql = self.postgres()
+        try:
+            for at in range(start, start + number, 1000):
+                await sql.write(history(at, min(1000, start + number - at), total))
+        finally:
+            await sql.close()
+
+    def backfill(self, *arguments: str, highest: str = "peak_mib") -> dict[str, Any]:
+        """Run one process to its end; what it told, how long it took, its memory, and the units it cost."""
+        before = self.stats()
+        out = self.directory / "told.json"
+        begun = time.monotonic()
+        with out.open("wb") as sink, (self.directory / "backfill.log").open("ab") as log:
+            argv = python("-m", "sidecar", "backfill", *arguments, "--json", "--config", str(self.config))
+            process = subprocess.Popen(
+                ["taskset", "-c", ",".join(map(str, sorted(self.cores.under_test))), *argv],
+                stdout=sink,
+                stderr=log,
+                env={**os.environ, **CREDENTIALS},
+            )
+            peak = 0.0
+            while process.poll() is None:
+                peak = max(peak, _peak(process.pid))
+                time.sleep(0.05)
+        seconds = time.monotonic() - begun
+        after = self.stats()
+        told = json.loads(out.read_text() or "{}")
+        rows = max(1, told.get("looked_at", 0))
+        return {
+            "exit": process.returncode,
+            "looked_at": told.get("looked_at"),
+            "copied": told.get("copied"),
+            "seconds": round(seconds, 2),
+            "records_per_second": round(rows / seconds),
+            highest: round(peak, 1),
+            "write_units_per_million": round((after["write_units"] - before["write_units"]) * 1e6 / rows),
+            "read_units_per_million": round((after["read_units"] - before["read_units"]) * 1e6 / rows),
+        }
+
+    def live(self, seconds: float) -> Any:
+        """An open load; the generator's figures."""
+        load = python("-m", "benchmarks.load", "--port", str(self.ports[0]))
+        load += ["--rate", str(LIVE_RATE), "--seconds", str(seconds), "--connections", "32"]
+        done = subprocess.run(
+            ["taskset", "-c", ",".join(map(str, sorted(self.cores.others))), *load],
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        return json.loads(done.stdout)
+
+
+def _peak(pid: int) -> float:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def beside(bench: Bench, seconds: float, rounds: int) -> dict[str, Any]:
+    """The p99 of live answers without and with a backfill at its default rate, in turns; the median of each."""
+    serve = python("-m", "sidecar", "serve", "--config", str(bench.config))
+    child = Child("sidecar", serve, bench.cores.under_test, bench.directory / "sidecar.log", env=CREDENTIALS)
+    figures: dict[str, list[dict[str, float]]] = {"alone": [], "beside": []}
+    try:
+        ready = f"http://127.0.0.1:{bench.ports[1]}/readyz"
+        wait_until("ready", lambda: _answers(ready), 60, child, step=0.1)
+        bench.live(2.0)
+        for _ in range(rounds):
+            figures["alone"].append(bench.live(seconds)["latency_ms"])
+            argv = ["-m", "sidecar", "backfill", "--from", "postgres", "--to", "dynamodb", "--restart"]
+            backfill = Child(
+                "backfill",
+                python(*argv, "--config", str(bench.config)),
+                bench.cores.others,
+                bench.directory / "backfill.log",
+                env=CREDENTIALS,
+            )
+            wait_until("copying", lambda: b": copy\n" in (bench.directory / "backfill.log").read_bytes(), 600, backfill)
+            figures["beside"].append(bench.live(seconds)["latency_ms"])
+            backfill.stop()
+            (bench.directory / "backfill.log").write_bytes(b"")
+    finally:
+        child.stop()
+    p99 = {name: statistics.median(each["p99"] for each in found) for name, found in figures.items()}
+    ratio = p99["beside"] / p99["alone"]
+    return {
+        "live_rate": LIVE_RATE,
+        "backfill_rate": DEFAULT_RATE,
+        "p99_ms": p99,
+        "rounds": figures,
+        "ratio": round(ratio, 2),
+        "bar": RATIO,
+        "reached": ratio <= RATIO,
+    }
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load beside and without the backfill")
+    parser.add_argument("--rounds", type=int, default=3, help="of both, in turns")
+    arguments = parser.parse_args()
+    rows = arguments.rows
+    result: dict[str, Any] = {"rows": rows}
+    os.environ.update(CREDENTIALS)
+    with tempfile.TemporaryDirectory(prefix="bench-backfill-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        bench = Bench(directory, Cores.of_this_machine())
+        try:
+            bench.start()
+            asyncio.run(bench.create())
+            there = ("--from", "postgres", "--to", "dynamodb", "--rate", "none")
+            asyncio.run(bench.fill(0, rows // 10, rows))
+            say("a tenth of the rows")
+            result["a tenth"] = bench.backfill(*there)
+            asyncio.run(bench.fill(rows // 10, rows - rows // 10, rows))
+            say("there")
+            result["there"] = bench.backfill(*there)
+            say("again")
+            result["again"] = bench.backfill(*there)
+            say("back")
+            asyncio.run(bench.database.execute("postgres", "TRUNCATE integration_logs"))
+            result["back"] = bench.backfill(
+                "--from", "dynamodb", "--to", "postgres", "--hours", "all", "--rate", "none"
+            )
+            assert bench.stats()["distinct"] == rows, "not every row is in DynamoDB"
+            number = asyncio.run(bench.database.execute("postgres", "SELECT count(*) FROM integration_logs"))
+            assert number == rows, f"{number} rows came back"
+            say("beside live traffic")
+            # History that DynamoDB lacks again, enough for every round at the default rate.
+            needed = int(DEFAULT_RATE * (arguments.seconds + 10) * arguments.rounds)
+            asyncio.run(bench.fill(rows, needed, rows))
+            result["beside"] = beside(bench, arguments.seconds, arguments.rounds)
+        finally:
+            bench.stop()
+    json.dump(result, sys.stdout, indent=1)
+    print()
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
