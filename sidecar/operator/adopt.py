@@ -93,9 +93,13 @@ def _shown(plan: Plan) -> str:
     elif plan.steps:
         lines += [
             "-- Everything adds; nothing is changed or dropped but an index that an interrupted build left invalid.",
-            "-- Not in one transaction: CONCURRENTLY forbids it. --apply sets lock_timeout where writers would wait.",
+            "-- Not in one transaction: CONCURRENTLY forbids it. What runs into lock_timeout is repeated later.",
         ]
+    bounded = False
     for step in plan.steps:
+        if step.blocks_writers != bounded:
+            bounded = step.blocks_writers
+            lines += ["", f"SET lock_timeout = '{plan.lock_seconds:g}s';" if bounded else "SET lock_timeout = 0;"]
         lines += _step(step)
     return "\n".join(lines) + "\n"
 

@@ -63,6 +63,7 @@ class Plan:
     partitions: int
     steps: Sequence[Step]
     problems: Sequence[Check]  # with one of these, nothing is applied
+    lock_seconds: float = LOCK_SECONDS  # how long a step that blocks writers waits for its lock
 
 
 async def make_plan(connection: Connection, mapping: TableMapping, *, read_indexes: bool = True) -> Plan:
