@@ -40,7 +40,7 @@ from sidecar.errors import (
     SpoolRefused,
     StoreError,
 )
-from sidecar.operator import arguments, backfill_arguments
+from sidecar.operator import arguments, backfill_arguments, phase_arguments
 from sidecar.operator.validate_arguments import for_repair, for_validate
 
 EXIT_CODES: Final[Mapping[type[SidecarError], int]] = MappingProxyType(
@@ -172,6 +172,18 @@ def _clear_dynamodb(args: argparse.Namespace) -> int:
     return _run(clear.run(args))
 
 
+def _phase(args: argparse.Namespace) -> int:
+    from sidecar.operator import phase  # noqa: PLC0415
+
+    return phase.phase(args)
+
+
+def _fleet(args: argparse.Namespace) -> int:
+    from sidecar.operator import fleet  # noqa: PLC0415
+
+    return fleet.fleet(args)
+
+
 def _init_stores(args: argparse.Namespace) -> int:
     loaded = _load(args)
     from sidecar import app  # noqa: PLC0415  (as above)
@@ -232,6 +244,8 @@ VERBS: Final[Sequence[Verb]] = (
     Verb("validate", "compare the two stores, exactly", _validate, for_validate),
     Verb("repair", "insert what one store lacks; a dry run unless --apply", _repair, for_repair),
     Verb("store", "pause, resume or bound the delivery to one store", _store, arguments.for_store),
+    Verb("phase", "show, plan, set or roll back the migration's phase", _phase, phase_arguments.for_phase),
+    Verb("fleet", "every instance with its phase, lag and state", _fleet, phase_arguments.for_fleet),
     Verb("version", "the version of this program", _version, _without_arguments),
 )
 

@@ -76,6 +76,7 @@ def test_wrong_configuration_is_one_line_and_exit_2(good):
 
 
 MORE_WORDS = {
+    "phase": ["show"],
     "drain": ["--spool", "x"],
     "spool": ["ls"],
     "dead-letter": ["ls"],

@@ -21,6 +21,7 @@ from sidecar.settings import Secret
 _CONNECT: Final = 2.0  # seconds
 _ANSWER: Final = 60.0  # seconds between two pieces of an answer
 _PIECE: Final = 64 * 1024  # bytes
+_NO_REASON: Final = "no reason given"
 _LOCAL: Final = frozenset({"0.0.0.0", "[::]", "::", ""})  # noqa: S104  (an address to listen on; we dial the loopback)
 _ERRORS: Final[Mapping[int, type[SidecarError]]] = {
     400: BadRequest,
@@ -53,6 +54,14 @@ class Address:
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path else f"{self.host}:{self.port}"
+
+
+class Refused(BadRequest):
+    """The request was understood and refused as things are (409); ``document`` is the whole answer."""
+
+    def __init__(self, message: str, document: dict[str, Any]) -> None:
+        self.document = document
+        super().__init__(message)
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -151,7 +160,9 @@ def _error(status: int, body: bytes) -> SidecarError:
     try:
         message = str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        message = "no reason given"
+        message = _NO_REASON
+    if status == 409:  # noqa: PLR2004  (as below)
+        return Refused(message, json.loads(body) if message != _NO_REASON else {"error": {}})
     if status in _ERRORS:
         return _ERRORS[status](message)
     return Busy("control", f"the sidecar answered {status}: {message}", 1)

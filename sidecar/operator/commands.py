@@ -90,12 +90,12 @@ def _spool_ls(args: argparse.Namespace, access: Access) -> int:
         _print_lines(access.frames())
         return 0
     _say(f"{access.where}\n")
-    _table(
+    table(
         ("STORE", "PENDING", "DEAD", "OWED", "DELIVERED", "RELEASED", "DISCARDED", "QUARANTINED"),
         ([row["store"], row["pending"], sum(row["dead_letters"].values()), *_account(row)] for row in accounts),
     )
     print()  # noqa: T201  (the answer of a command, as in this whole module)
-    _table(
+    table(
         ("SEQ", "ACCEPTED", "PHASE", "RECORDS", "BYTES", "PENDING FOR"),
         (
             [f["seq"], f["accepted_at"], f["phase"], f["records"], f["bytes"], _pending_for(f)]
@@ -147,7 +147,7 @@ def _letters_ls(args: argparse.Namespace, access: Access) -> int:
     if args.json:
         _print_lines(found)
         return 0
-    _table(
+    table(
         ("KEY", "STORE", "CLASS", "CODE", "ATTEMPTS", "FIRST", "LAST", "LOG_ID", "WHY"),
         (
             [
@@ -221,7 +221,7 @@ def _print_lines(lines: Iterable[Document], what: str = "") -> int:
     return number
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Columns as wide as the first rows need; a later, wider value only shifts its own line."""
     shown: Iterator[list[str]] = ([str(v) if v is not None else "" for v in row] for row in rows)
     first = [list(head), *(row for _, row in zip(range(100), shown, strict=False))]
