@@ -28,6 +28,7 @@ ENVELOPE: Final = "envelope"
 _TOO_DEEP: Final = "arrays and objects nest too deep to be read"
 _MISSING: Final = object()
 _PERSON: Final = b"sidecar-event-1"  # BLAKE2b personalisation: changing it changes every derived id
+_MS_MAX: Final = 2**48 - 1
 _WIDEST_RANGE: Final = 1_000
 _BETWEEN_PAUSES: Final = 128  # events
 _TIMES_KEPT: Final = 1_024  # seconds whose text is remembered
@@ -148,19 +149,21 @@ class CompiledMapping:
         ``met`` counts the equal events of the request; ``whole``: request_data is all of ``source``, because ``event``
         is not. Raises Refusal.
         """
-        record = self.record(event)
+        record, moment = self.record(event)
         if whole:
             record["request_data"] = {"event": Raw(source), ENVELOPE: Raw(beside)} if beside else Raw(source)
-        if self._by_content and "log_id" not in record and FIELD in record:
-            record["log_id"] = self._identify(source + beside, met)
+        if self._by_content and moment is not None and "log_id" not in record:
+            record["log_id"] = self._identify(source + beside, moment, met)
         mapped.indexes.append(index)
         mapped.texts.append(_encode(record))
         mapped.sources.append(source)
 
     # -- one event ---------------------------------------------------------------------------------------------------
 
-    def record(self, event: Members) -> dict[str, object]:
-        """The fields of a record; takes from ``event`` what they hold exactly, what is left is ``request_data``.
+    def record(self, event: Members) -> tuple[dict[str, object], int | None]:
+        """The fields of a record, and its own time in microseconds, if it has one.
+
+        Takes from ``event`` what the fields hold exactly; what is left is ``request_data``.
 
         Raises:
             Refusal: its time cannot be read.
@@ -173,16 +176,16 @@ class CompiledMapping:
         if self._on_failure and record.get("is_success") is False:
             for rule in self._on_failure:
                 rule.fill(record, event, None)
-        self._read_time(record, event, taken)
+        moment = self._read_time(record, event, taken)
         for path, node in taken:
             node.pop(path[1], None)
             if not node and path[0]:
                 _prune(event, path[0])
         if event:
             record["request_data"] = event
-        return record
+        return record, moment
 
-    def _read_time(self, record: dict[str, object], event: Members, taken: Taken) -> None:
+    def _read_time(self, record: dict[str, object], event: Members, taken: Taken) -> int | None:
         for path in self._time_paths:
             node = _parent(event, path[0])
             found = self._time.read(node[path[1]]) if node is not None and path[1] in node else None
@@ -190,7 +193,8 @@ class CompiledMapping:
                 record[FIELD] = self._time_text(found[0])
                 if found[1]:
                     taken.append((path, node))
-                return
+                return found[0]
+        return None
 
     def _read_level(self, record: dict[str, object], event: Members, taken: Taken, stated: Sequence[str]) -> None:
         """``stated`` are the fields that a path of their own filled: those a level does not touch."""
@@ -222,8 +226,12 @@ class CompiledMapping:
             text = self._seconds[second] = timestamp_text(second * 1_000_000)[:19]
         return f"{text}.{rest:06d}Z"
 
-    def _identify(self, source: bytes, met: dict[bytes, int]) -> str:
-        """A UUIDv8 of the mapping's name, the event and, from the second of equal ones on, its number."""
+    def _identify(self, source: bytes, moment: int, met: dict[bytes, int]) -> str:
+        """A UUIDv8 of the event's time, the mapping's name, the event and, for all but the first of equals, its number.
+
+        48 bits of milliseconds come first, as in a UUIDv7, so that records of one time lie together in an index; 74
+        bits of the hash follow.
+        """
         hashed = self._prefix.copy()
         hashed.update(source)
         digest = hashed.digest()
@@ -231,8 +239,8 @@ class CompiledMapping:
         if number:
             hashed.update(b"\0%d" % number)
             digest = hashed.digest()
-        text = digest.hex()
-        return f"{text[:8]}-{text[8:12]}-8{text[13:16]}-{'89ab'[digest[8] & 3]}{text[17:20]}-{text[20:]}"
+        time, text = f"{moment // 1000 & _MS_MAX:012x}", digest.hex()
+        return f"{time[:8]}-{time[8:]}-8{text[13:16]}-{'89ab'[digest[8] & 3]}{text[17:20]}-{text[20:]}"
 
 
 def _parent(event: Members, names: tuple[str, ...]) -> Members | None:

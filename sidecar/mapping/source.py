@@ -20,7 +20,8 @@ Members = dict[str, object]
 _MOST_TOKENS: Final = 16
 _LONGEST_POINTER: Final = 256
 _DEEPEST: Final = 1_000  # nesting below an event that is looked through; the door then has its own, smaller bound
-_LONGEST: Final = 2 * 1024 * 1024
+LONGEST: Final = 2 * 1024 * 1024
+"""Bytes of an array or object that is looked through where the decoder cannot; far more than a record may have."""
 _decode: Final = msgspec.json.Decoder(dict[str, Raw]).decode
 _decode_text: Final = msgspec.json.Decoder(str).decode
 _encode: Final = msgspec.json.Encoder().encode
@@ -43,21 +44,21 @@ def pointer(text: str) -> tuple[str, ...]:
     return tokens
 
 
-def members(text: bytes) -> Members:
-    """The members of the JSON object ``text``, in order; values as source texts.
+def members(text: bytes, longest: int = LONGEST) -> Members:
+    """The members of the JSON object ``text``, in order; values as source texts of at most ``longest`` bytes.
 
     Raises:
         Refusal: not an object, or a member stands twice.
         MalformedBody: not JSON.
         RecursionError: it nests too deep for the parser.
     """
-    found, twice = first_members(text)
+    found, twice = first_members(text, longest)
     if twice:
         raise Refusal("record", Rule.FIELD_TWICE, "a member stands twice, so its value is ambiguous")
     return found
 
 
-def first_members(text: bytes) -> tuple[Members, bool]:
+def first_members(text: bytes, longest: int = LONGEST) -> tuple[Members, bool]:
     """As ``members``; of equal names the first, and whether there were any.
 
     Loggers write their own members first: where an application logs a ``date`` or a ``time`` too, that one comes later.
@@ -67,23 +68,23 @@ def first_members(text: bytes) -> tuple[Members, bool]:
     try:
         found = _decode(text)
     except msgspec.DecodeError:
-        return _exactly(text)
+        return _exactly(text, longest)
     # Of equal names the decoder keeps the last one. Compact text without such is as long as what was kept; else the
     # quotes outside of the values are counted: two for each name, unless a name holds an escaped one.
     if len(_encode(found)) != len(text):
         inside = sum(bytes(raw).count(_quote) for raw in found.values())
         if text.count(_quote) - inside != 2 * len(found):
-            return _exactly(text)
+            return _exactly(text, longest)
     return dict(found), False
 
 
-def _exactly(text: bytes) -> tuple[Members, bool]:
+def _exactly(text: bytes, longest: int) -> tuple[Members, bool]:
     """As ``first_members``, by the scanner: lone surrogates stay in source texts, repeated names are seen."""
     scan.check_syntax(text)
     found: Members = {}
     twice = False
     try:
-        for quoted, start, end in scan.members(text, _DEEPEST, _LONGEST):
+        for quoted, start, end in scan.members(text, _DEEPEST, longest):
             try:
                 name = _decode_text(quoted)
             except msgspec.DecodeError:
@@ -95,7 +96,7 @@ def _exactly(text: bytes) -> tuple[Members, bool]:
     except scan.TooDeep:
         raise Refusal("record", Rule.DEPTH, f"arrays and objects nest deeper than {_DEEPEST} levels") from None
     except scan.TooLong:
-        raise Refusal("record", Rule.TOO_LARGE, f"a value is longer than {_LONGEST} bytes") from None
+        raise Refusal("record", Rule.TOO_LARGE, f"a value is longer than {longest} bytes") from None
     return found, twice
 
 

@@ -52,7 +52,7 @@ def split(body: bytes, *, lines: bool, around: Sequence[str], most: int) -> Spli
 
 def _inside(text: bytes, around: Sequence[str], most: int) -> Split | None:
     try:
-        opened = members(text)
+        opened = members(text, longest=len(text))
     except (Refusal, MalformedBody, RecursionError):
         return None
     for name in around:

@@ -92,6 +92,18 @@ async def test_the_doors_own_refusals_keep_the_event_and_its_place(door: Door) -
     assert [raw for _, _, raw in await refused(door)] == [json.dumps(large).encode(), json.dumps(ahead).encode(), deep]
 
 
+async def test_an_event_that_only_the_slow_lane_can_read_harms_nobody(door: Door) -> None:
+    """Half a surrogate pair and a NUL in texts that stay: stored byte for byte; in a text that a field wants: left."""
+    odd = b'{"time":1795368292123,"name":"billing","level":50,"msg":"\\ud83d","nul":"\\u0000"}'
+    body = b'{"logs":[{"time":1795368292124,"name":"a"},%b,{"time":1795368292125,"name":"b"}]}' % odd
+    status, answer, _ = await post(door, "/ingest/pino", body)
+    assert (status, json.loads(answer)["accepted"]) == (200, 3)
+    first, second, third = await stored(door)
+    assert (first.service_name, third.service_name) == ("a", "b")
+    assert (second.service_name, second.error_message) == ("billing", None)
+    assert second.request_data == '{"level":50,"msg":"\\ud83d","nul":"\\u0000"}'
+
+
 async def test_a_resend_is_recognised_by_its_content(door: Door) -> None:
     """The whole batch again, then parts of it in another order: one effect, and said so."""
     body = json.loads((CORPUS / "fluent-bit.json").read_bytes())

@@ -198,6 +198,15 @@ def test_the_identity_of_an_event_is_its_content():
     assert ids(run(other, first)) != ids(run(compiled, first))
 
 
+def test_derived_ids_lie_together_in_an_index_by_time():
+    """The time's milliseconds come first, as in the ids that the sidecar mints."""
+    compiled = mapping("identity: content\nlog_timestamp: {from: /t, format: epoch_ms}")
+    made = ids(run(compiled, *({"t": 1_795_368_292_000 + n, "x": n * 7919 % 100} for n in range(100))))
+    assert made == sorted(made)
+    assert made[0].replace("-", "").startswith(f"{1_795_368_292_000:012x}")
+    assert ids(run(compiled, {"t": -1}, {"t": 250_000_000_000_000}))[0].startswith("ffffffff-ffff-8")
+
+
 def test_equal_events_of_one_request_are_told_apart_and_stay_so_when_it_is_sent_again():
     """Two equal lines are two records; a resend in parts gives the same ids, never a third."""
     compiled = mapping("identity: content\nlog_timestamp: /t")
@@ -323,6 +332,16 @@ def test_pointers():
     for text in ("", "a", "a.b", "/a~2", "/x" * 17, "/" + "x" * 300):
         with pytest.raises(ValueError, match="JSON Pointer"):
             pointer(text)
+
+
+def test_a_large_envelope_is_opened_although_a_text_in_it_holds_half_a_surrogate_pair():
+    """JavaScript writes such texts; the other thousands of events of the request are none the worse."""
+    events = b",".join(b'{"n":%d,"text":"%b"}' % (n, b"x" * 1000) for n in range(4000))
+    body = b'{"logs":[%b,{"n":4000,"text":"\\ud83d"}]}' % events
+    bodies = split(body, lines=False, around=("logs",), most=10_000)
+    mapped = run(mapping("user_id: /n"), *bodies.pieces)
+    assert (len(mapped.texts), mapped.refused) == (4001, [])
+    assert b'{"n":4000,"text":"\\ud83d"}' in mapped.texts[-1]
 
 
 # -- properties

@@ -37,7 +37,7 @@ def in_protobuf(body: bytes) -> bytes:
 def record(event) -> dict:
     """The record that the mapping otlp makes of an event, as plain values."""
     mapping = compile_mapping(OTLP, READY_MADE[OTLP], None)
-    return json.loads(msgspec.json.encode(mapping.record(copy.copy(event))))
+    return json.loads(msgspec.json.encode(mapping.record(copy.copy(event))[0]))
 
 
 def both(body: bytes) -> tuple[list[dict], list[dict]]:
