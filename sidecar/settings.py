@@ -173,6 +173,8 @@ class DynamoDB(_Section, frozen=True):
     # write calls under way at most; the regulator stays below
     max_in_flight: Annotated[int, msgspec.Meta(ge=1, le=128)] = 16
     read_in_flight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8  # read calls of one query under way at most
+    # temporary disk (TMPDIR) of one enumeration; where it needs more, the index is read again for the rest
+    scan_disk_bytes: Annotated[int, msgspec.Meta(ge=8 * MIB, title="bytes")] = 192 * MIB
     connect_timeout: Patience = 2.0  # for one connection, TLS included
     read_timeout: Patience = 10.0  # for one answer; then the call is repeated
     ttl_days: Annotated[int, msgspec.Meta(ge=1)] | None = None  # counted from log_timestamp, never from write time
@@ -194,7 +196,7 @@ class Validation(_Section, frozen=True):
     # how often the newest records are compared; 0 = off. Each time DynamoDB's whole service index is read
     interval: Seconds = 3600.0
     window: Annotated[float, msgspec.Meta(ge=48 * 3600, title="seconds")] = 48 * 3600.0  # how far back, to a midnight
-    rate: Annotated[float, msgspec.Meta(ge=0)] = 5_000.0  # records of either store compared a second; 0 = no bound
+    rate: Annotated[float, msgspec.Meta(ge=0)] = 10_000.0  # records of either store read a second, index entries included; 0 = no bound
     # how long sidecars are waited for, and how long a difference must last where not all of them could be asked
     settle: Annotated[float, msgspec.Meta(ge=0, le=600, title="seconds")] = 30.0
     # where somebody removes older rows from PostgreSQL: what it lacks beyond is expired, not missing

@@ -36,7 +36,7 @@ from sidecar.gaps import GapLine
 from sidecar.metrics import Metrics
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
 from sidecar.record import timestamp_text
-from sidecar.settings import Settings
+from sidecar.settings import Settings, Validation
 from sidecar.spool import Spool, view
 from sidecar.stores.dynamodb import DynamoDBStore
 from sidecar.verdicts import DAY_US, RunLine, ValidationLedger
@@ -176,7 +176,7 @@ class ConsistencyService:
         self.tail = Tail(
             self._validator,
             self.evidence,
-            settings=lambda: settings().validation,
+            settings=self._paced,
             due=self._due,
             lease=lambda: fleet.acquire_lease(_LEASE, instance, LEASE_SECONDS),
             finished=self._finished,
@@ -185,6 +185,12 @@ class ConsistencyService:
         )
         spool.on_accepted = self.late.accepted
         self._observe(metrics)
+
+    def _paced(self) -> Validation:
+        """The settings as they are now; the index is read at their rate from now on."""
+        found = self._settings().validation
+        home_of(self._stores).pace(found.rate)
+        return found
 
     def _due(self) -> bool:
         return self._phase.policy.owed == frozenset(STORES)
@@ -247,6 +253,7 @@ class ConsistencyService:
 
     async def validate(self, asked: Asked) -> Mapping[str, object]:
         """See Service."""
+        home_of(self._stores).pace(self._settings().validation.rate)
         options = Options(
             deep=asked.deep,
             rate=self._settings().validation.rate,
@@ -264,6 +271,7 @@ class ConsistencyService:
         if wanted.overwrite and POSTGRES not in self._phase.policy.writes:
             raise BadRequest("overwrite: PostgreSQL is not written in this phase: its rows are not the newer ones")
         settings = self._settings()
+        home_of(self._stores).pace(settings.validation.rate)
         repair = build_repair(
             self._stores, settings, clock=self._clock, dry_run=wanted.dry_run, overwrite=wanted.overwrite
         )

@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgspec
 
 from sidecar.api.consistency import parse_bound
-from sidecar.app.consistency import ask_the_fleet, build_repair, build_validator
+from sidecar.app.consistency import ask_the_fleet, build_repair, build_validator, home_of
 from sidecar.app.delivery import build_stores
 from sidecar.clock import Clock, SystemClock
 from sidecar.config import load
@@ -126,6 +126,7 @@ class _Job:
 
     async def run(self, options: Options, *, resume: bool = False, found: Any = None) -> RunLine | None:
         """One run with its bar; None where it could not be brought to an end, and stderr says why."""
+        home_of(self.stores).pace(options.rate)
         validator = build_validator(self.stores, self._whereabouts(), lambda: self.settings, clock=self.clock)
         loop = asyncio.get_running_loop()
         try:

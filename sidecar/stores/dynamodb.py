@@ -125,7 +125,9 @@ class DynamoDBStore:
         self._shards = ShardSchedule(self.wire, options, clock=clock)
         self._pages = Pages(self.wire, options, clock=clock)
         self._queries = Queries(self._pages, self._shards)
-        self._enumeration = Enumeration(self._pages, self._queries, self._shards)
+        self._enumeration = Enumeration(
+            self._pages, self._queries, self._shards, disk_bytes=options.scan_disk_bytes, clock=clock
+        )
         self._putting = asyncio.Semaphore(options.max_in_flight)
         self._batch_head = b'{"ReturnConsumedCapacity":"INDEXES","RequestItems":{%b:[{"PutRequest":{"Item":' % _json(
             options.table
@@ -207,6 +209,10 @@ class DynamoDBStore:
             if why is not None:
                 failures.append(Failure(index, RetryClass.PERMANENT, why.reason, why.code))
         return failures
+
+    def pace(self, rate: float) -> None:
+        """From now on ``scan`` and ``stream`` read so many index entries a second, wanted or not; 0: no bound."""
+        self._enumeration.rate = rate
 
     async def replace(self, record: LogRecord, seen: LogRecord) -> bool:
         """Put ``record`` if the item under its id is still ``seen``; whether it was. For repair, where asked for.

@@ -38,6 +38,7 @@ _SAMPLE_SEGMENTS: Final = 64
 
 class _Page(msgspec.Struct):
     count: int = msgspec.field(name="Count")
+    scanned: int = msgspec.field(name="ScannedCount", default=0)
     items: list[IndexEntry] = msgspec.field(name="Items", default_factory=list)
     next_key: Key | None = msgspec.field(name="LastEvaluatedKey", default=None)
 
@@ -153,14 +154,14 @@ class Pages:
             body["ExpressionAttributeValues"][":s"] = {"BOOL": is_success}
         return await self._count("Scan", body)
 
-    async def scan(self, stretch: Span, segment: int, after: Key | None) -> tuple[list[IndexEntry], Key | None]:
-        """One page of one segment of the service index: times, ids and digests."""
+    async def scan(self, stretch: Span, segment: int, after: Key | None) -> tuple[list[IndexEntry], Key | None, int]:
+        """One page of one segment of the service index: times, ids and digests; how many entries were looked at."""
         body = self._scan(stretch, segment)
         body["ProjectionExpression"] = "gt, h"
         if after is not None:
             body["ExclusiveStartKey"] = after
         page = await self._read("Scan", body, _page)
-        return page.items, page.next_key
+        return page.items, page.next_key, page.scanned
 
     async def scan_hash_keys(
         self, stretch: Span, segment: int, *, prefix: str | None = None, is_success: bool | None = None

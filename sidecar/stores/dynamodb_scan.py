@@ -10,6 +10,10 @@ are merged into one when there are as many, and the answer is read from a merge 
 ``RUN_ENTRIES`` touches no file. Nothing is yielded before the whole index has been read, so a failure of the Scan can
 never look like the end of the range.
 
+DISK is bounded too (``dynamodb.scan_disk_bytes``): a pod whose temporary volume is over its limit is evicted, and its
+spool with it. Where the entries of a range would take more, the largest keys are dropped again, the rest is answered,
+and the index is read once more for what comes after. ``rate`` bounds the entries of the index that are read a second.
+
 ``stream`` is the same with the bodies: entries that are not wanted (of another shard's hours, or behind the position
 where an earlier stream was left) are dropped before they are sorted, so a body is read only for what is answered. A
 body costs 0.5 read units per 4 KB, eventually consistent; the index beside it a twentieth of that.
@@ -30,9 +34,10 @@ import tempfile
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from itertools import islice
+from itertools import islice, takewhile
 from typing import BinaryIO, Final
 
+from sidecar.clock import Clock
 from sidecar.errors import RetryClass
 from sidecar.record import LogRecord
 from sidecar.stores import dynamodb_errors as errors
@@ -57,15 +62,22 @@ STREAM_BYTES: Final = 4 * 1024 * 1024  # of the bodies of one page of a stream, 
 _SAMPLED_DAYS: Final = 32
 CHUNK_ENTRIES: Final = 2_000
 _LENGTH: Final = struct.Struct(">H")
+_ENTRY_BYTES: Final = 83  # of one in a file
+_PEAK: Final = 2.1  # a merge holds what it reads and what it writes, and a run is on its way
 
 
 class Enumeration:
     """R4 (counts) and the ordered scan. Every method raises StoreError."""
 
-    def __init__(self, pages: Pages, queries: Queries, shards: ShardSchedule) -> None:
+    def __init__(self, pages: Pages, queries: Queries, shards: ShardSchedule, *, disk_bytes: int, clock: Clock) -> None:
+        self._clock = clock
         self._pages = pages
         self._queries = queries
         self._shards = shards
+        self._disk = disk_bytes
+        self._due = 0.0
+        self.rate = 0.0
+        """Index entries read a second by ``scan`` and ``stream``, wanted or not; 0: as fast as they come."""
 
     async def count(self, query: CountQuery) -> int:
         """Exact number as the index has it.
@@ -178,9 +190,17 @@ class Enumeration:
     async def _ordered(self, start: int, end: int, choice: "_Choice") -> AsyncGenerator[list[bytes], None]:
         """Entries in chunks, ascending."""
         stretch = span(max(start, self._pages.visible_from()), end - 1)
-        if stretch is None:
-            return
-        sorter = _Sorter()
+        ceiling: bytes | None = b""
+        while stretch is not None and ceiling is not None:
+            low = stretch.low if not ceiling else ceiling.partition(b"\0")[0].decode()
+            sorter = _Sorter(self._disk, floor=ceiling)
+            async with aclosing(self._pass(sorter, Span(low, stretch.high), choice)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            ceiling = sorter.ceiling
+
+    async def _pass(self, sorter: "_Sorter", stretch: Span, choice: "_Choice") -> AsyncGenerator[list[bytes], None]:
+        """One reading of the index: all that is left, or as much from the low end as the disk holds."""
         try:
             segments = range(self._pages.segments)
             await all_or_first_error([self._read_segment(sorter, stretch, segment, choice) for segment in segments])
@@ -199,10 +219,19 @@ class Enumeration:
     async def _read_segment(self, sorter: "_Sorter", stretch: Span, segment: int, choice: "_Choice") -> None:
         after: Key | None = None
         while True:
-            entries, after = await self._pages.scan(stretch, segment, after)
+            entries, after, scanned = await self._pages.scan(stretch, segment, after)
             await sorter.add(choice.of(entries))
+            await self._wait(scanned)
             if after is None:
                 return
+
+    async def _wait(self, scanned: int) -> None:
+        """For as long as this page came too early."""
+        if self.rate > 0:
+            now = self._clock.monotonic()
+            self._due = max(self._due, now - 1.0) + scanned / self.rate
+            if self._due > now:
+                await self._clock.sleep(self._due - now)
 
 
 class _Choice:
@@ -238,16 +267,24 @@ def _payload(record: LogRecord) -> int:
 
 
 class _Sorter:
-    """An external merge sort of entries."""
+    """An external merge sort of the smallest entries above ``floor`` that fit on the disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, disk_bytes: int, floor: bytes) -> None:
+        """``ceiling`` is the largest entry kept, once larger ones were dropped; None where none was."""
+        self.ceiling: bytes | None = None
+        self._floor = floor
+        self._most = max(RUN_ENTRIES, int(disk_bytes / _ENTRY_BYTES / _PEAK))
+        self._spilled = 0
         self._buffer: list[bytes] = []
         self._runs: list[BinaryIO] = []
         self._spilling = asyncio.Lock()
 
     async def add(self, entries: Sequence[IndexEntry]) -> None:
         """Take entries in any order. Raises OSError."""
-        self._buffer += [b"%b\0%b" % (e.gt.S.encode(), b"" if e.h is None else e.h.B) for e in entries]
+        fresh = [b"%b\0%b" % (e.gt.S.encode(), b"" if e.h is None else e.h.B) for e in entries]
+        if self._floor or self.ceiling is not None:
+            fresh = [e for e in fresh if self._floor < e and (self.ceiling is None or e <= self.ceiling)]
+        self._buffer += fresh
         async with self._spilling:
             if len(self._buffer) >= RUN_ENTRIES:
                 full, self._buffer = self._buffer, []
@@ -256,7 +293,8 @@ class _Sorter:
     def merged(self) -> Iterator[bytes]:
         """All entries in order; call it once, after the last ``add``."""
         self._buffer.sort()
-        return heapq.merge(*(_read(run) for run in self._runs), self._buffer)
+        merged = heapq.merge(*(_read(run) for run in self._runs), self._buffer)
+        return merged if self.ceiling is None else takewhile(self.ceiling.__ge__, merged)
 
     def close(self) -> None:
         """Give the temporary files back."""
@@ -266,13 +304,35 @@ class _Sorter:
     def _spill(self, entries: list[bytes]) -> None:
         entries.sort()
         self._runs.append(_write(iter(entries)))
-        if len(self._runs) == MERGE_RUNS:
+        self._spilled += len(entries)
+        full = self._spilled > self._most
+        if full or len(self._runs) == MERGE_RUNS:
             runs, self._runs = self._runs, []
             try:
-                self._runs.append(_write(heapq.merge(*(_read(run) for run in runs))))
+                merged: Iterator[bytes] = heapq.merge(*(_read(run) for run in runs))
+                kept = _Lowest(merged, self._most * 3 // 4 if full else None)
+                self._runs.append(_write(iter(kept)))
+                self._spilled = kept.number
+                if full:  # only now: entries that come in meanwhile are judged by the bound that holds
+                    self.ceiling = kept.last
             finally:
                 for run in runs:
                     run.close()
+
+
+class _Lowest:
+    """The first ``most`` of ascending entries (None: all); after it was iterated, how many and which was the last."""
+
+    def __init__(self, entries: Iterator[bytes], most: int | None) -> None:
+        self._entries = islice(entries, most)
+        self.number = 0
+        self.last: bytes | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        for entry in self._entries:
+            self.number += 1
+            self.last = entry
+            yield entry
 
 
 def _write(entries: Iterator[bytes]) -> BinaryIO:

@@ -303,6 +303,61 @@ async def test_a_scan_is_ordered_and_complete_in_bounded_memory(
     assert [entry async for entry in dynamodb_store.scan(start, end)] == expected
 
 
+async def test_a_range_that_does_not_fit_on_the_disk_is_answered_whole_by_reading_the_index_again(
+    dynamodb_store: DynamoDBStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for 30 entries, 250 to sort: each once, ascending; and never more in files than was allowed."""
+    monkeypatch.setattr(dynamodb_scan, "RUN_ENTRIES", 10)
+    monkeypatch.setattr(dynamodb_scan, "CHUNK_ENTRIES", 7)
+    monkeypatch.setattr(dynamodb_scan._Sorter, "__init__", _small(dynamodb_scan._Sorter.__init__, 30))
+    written, held = dynamodb_scan._write, []
+
+    def write(entries: Any) -> Any:
+        file = written(entries)
+        held.append(file)
+        sizes = [len(list(dynamodb_scan._read(f))) for f in held if not f.closed]
+        for each in held:
+            if not each.closed:
+                each.seek(0)
+        assert sum(sizes) <= 2.1 * 30
+        return file
+
+    monkeypatch.setattr(dynamodb_scan, "_write", write)
+    batch = spread(3, 250)
+    await store_all(dynamodb_store, batch)
+    end = max(r.log_timestamp for r in batch) + 1
+    found = [entry async for entry in dynamodb_store.scan(0, end)]
+    assert found == entries(batch)
+    assert len(held) > 25
+
+
+def _small(init: Any, most: int) -> Any:
+    def patched(self: Any, disk_bytes: int, floor: bytes) -> None:
+        init(self, disk_bytes, floor)
+        self._most = most
+
+    return patched
+
+
+async def test_a_rate_bounds_the_entries_that_are_read(dynamodb_store: DynamoDBStore) -> None:
+    """Those of the index, wanted or not, by the store's clock."""
+    await store_all(dynamodb_store, spread(1, 60))
+    slept: list[float] = []
+
+    class Noted(SystemClock):
+        async def sleep(self, seconds: float) -> None:
+            slept.append(seconds)
+
+    dynamodb_store._enumeration._clock = Noted()
+    dynamodb_store.pace(10.0)
+    assert [entry async for entry in dynamodb_store.scan(0, 1)] == []
+    assert sum(slept) > 4.0
+    slept.clear()
+    dynamodb_store.pace(0.0)
+    assert [entry async for entry in dynamodb_store.scan(0, 1)] == []
+    assert slept == []
+
+
 async def test_a_scan_that_cannot_write_its_files_is_a_store_error(
     dynamodb_store: DynamoDBStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
