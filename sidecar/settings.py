@@ -196,7 +196,7 @@ class Validation(_Section, frozen=True):
     # how often the newest records are compared; 0 = off. Each time DynamoDB's whole service index is read
     interval: Seconds = 3600.0
     window: Annotated[float, msgspec.Meta(ge=48 * 3600, title="seconds")] = 48 * 3600.0  # how far back, to a midnight
-    rate: Annotated[float, msgspec.Meta(ge=0)] = 10_000.0  # records of either store read a second, index entries included; 0 = no bound
+    rate: Annotated[float, msgspec.Meta(ge=0)] = 10_000.0  # records of either store a second; 0 = no bound
     # how long sidecars are waited for, and how long a difference must last where not all of them could be asked
     settle: Annotated[float, msgspec.Meta(ge=0, le=600, title="seconds")] = 30.0
     # where somebody removes older rows from PostgreSQL: what it lacks beyond is expired, not missing
