@@ -76,7 +76,7 @@ def unfit(mapping: TableMapping, catalogue: Catalogue) -> list[Check]:
 async def inspect(connection: Connection, mapping: TableMapping) -> tuple[Sequence[Check], ColumnLimits]:
     """``unfit`` and ``limits`` of the table as it is now; a missing table is a line too."""
     assert mapping.adopted is not None  # noqa: S101  (asked only of an adopted table)
-    catalogue = await look(connection, mapping.relation, mapping.adopted.key)
+    catalogue = await look(connection, mapping.relation, mapping.adopted.key, sizes=False)
     if catalogue is None or catalogue.kind not in ("r", "p"):
         return [_table(mapping, catalogue)], ColumnLimits()
     return unfit(mapping, catalogue), limits(mapping, catalogue)
@@ -92,10 +92,26 @@ async def check(connection: Connection, mapping: TableMapping) -> Sequence[Check
         return checks
     checks += lines(mapping, catalogue)
     checks += await postgres_schema.check_rights(connection, mapping.relation)
+    checks += await _check_sequence(connection, mapping)
     checks += await postgres_gaps.check(connection, mapping.schema, mapping.table)
     checks += await postgres_fleet.check(connection, mapping.schema, mapping.table)
     checks.append(await postgres_tail.check(connection, mapping.schema, mapping.table))
     return checks
+
+
+async def _check_sequence(connection: Connection, mapping: TableMapping) -> list[Check]:
+    """An identity numbers rows for everybody; a sequence as a default asks for a right of its own."""
+    assert mapping.adopted is not None  # noqa: S101  (as above)
+    held = await connection.fetchval(
+        "SELECT has_sequence_privilege(pg_get_serial_sequence($1, $2), 'USAGE') FROM pg_attribute "
+        "WHERE attrelid = to_regclass($1) AND attname = $2 AND attidentity = '' AND atthasdef",
+        mapping.relation,
+        mapping.adopted.key,
+    )
+    if held is None:
+        return []
+    required = f"USAGE on the sequence that numbers {mapping.adopted.key}"
+    return [Check("postgres.grant.sequence", held, "granted" if held else "missing", required)]
 
 
 def lines(mapping: TableMapping, catalogue: Catalogue) -> list[Check]:

@@ -97,7 +97,7 @@ WITH RECURSIVE parts AS (
     SELECT $1::oid AS oid, NULL::oid AS parent, 0 AS level
     UNION ALL SELECT i.inhrelid, i.inhparent, p.level + 1 FROM pg_inherits i JOIN parts p ON p.oid = i.inhparent)
 SELECT c.oid, n.nspname::text, c.relname::text, p.parent, c.relkind <> 'p', c.relkind::text, c.reltuples::bigint,
-       pg_table_size(c.oid)
+       CASE WHEN $2 THEN pg_table_size(c.oid) ELSE 0 END
 FROM parts p JOIN pg_class c ON c.oid = p.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 ORDER BY p.level, c.relname
 """
@@ -119,17 +119,24 @@ WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass A
 """
 
 
-async def look(connection: Connection, relation: str, key: str) -> Catalogue | None:
-    """What the table is like; None where there is none. ``relation`` is the quoted name, ``key`` the key's column."""
+async def look(connection: Connection, relation: str, key: str, *, sizes: bool = True) -> Catalogue | None:
+    """What the table is like; None where there is none.
+
+    Args:
+        connection: to its database.
+        relation: the quoted name.
+        key: the key's column.
+        sizes: also how large each partition is and which indexes it has, which costs a look at the files of each.
+    """
     found = await connection.fetchrow("SELECT oid, relkind::text FROM pg_class WHERE oid = to_regclass($1)", relation)
     if found is None:
         return None
     root, kind_of_table = found
     columns = {name: ColumnSeen(*rest) for name, *rest in await connection.fetch(_COLUMNS, root)}
     btrees = await connection.fetch(_INDEXES, root)
-    found_parts = await connection.fetch(_PARTS, root)
+    found_parts = await connection.fetch(_PARTS, root, sizes)
     indexes: dict[int, list[PartIndex]] = {row[0]: [] for row in found_parts}
-    for owner, *rest in await connection.fetch(_PART_INDEXES, list(indexes)):
+    for owner, *rest in await connection.fetch(_PART_INDEXES, list(indexes) if sizes else []):
         indexes[owner].append(PartIndex(*rest))
     parts = tuple(
         Part(oid, schema, table, parent, leaf, kind, rows, size, tuple(indexes[oid]))

@@ -36,6 +36,7 @@ LOCK_SECONDS: Final = 2.0
 _TRIES: Final = 10
 _PAUSE: Final = 1.0  # seconds between two tries
 _LOCKED: Final = "55P03"
+_NOT_OWNER: Final = "42501"
 _READ_BYTES: Final = 100 * 1024 * 1024  # a second: what a common disk gives; only for the estimate
 _MENDED_BY_PLAN: Final = frozenset({"postgres.adopt.log_id", "postgres.key"})
 _BRIEF: Final = "for a moment"
@@ -245,8 +246,12 @@ async def _do(patient: Connections, step: Step, clock: Clock) -> None:
         try:
             await patient.run(in_turn, whole=False)
         except StoreError as error:
-            if error.code != _LOCKED or not left:
-                raise
-            await clock.sleep(_PAUSE)
+            failure = error
         else:
             return
+        if failure.code == _NOT_OWNER:
+            reason = "only the table's owner may do this: connect as that role for --apply (SIDECAR__POSTGRES__USER)"
+            raise StoreError(POSTGRES, RetryClass.BLOCKED, reason, _NOT_OWNER)
+        if failure.code != _LOCKED or not left:
+            raise failure
+        await clock.sleep(_PAUSE)

@@ -416,6 +416,33 @@ class TestPlanAndApply:
             await each.close()
         await store.close()
 
+    async def test_rights_to_insert_and_select_are_enough_but_for_the_plan(
+        self, specified: settings.Postgres, partitioned: settings.Postgres
+    ) -> None:
+        """A modest role writes, reads, watches; only the owner adopts; a serial key asks for one right more."""
+        for base, missing in ((specified, set()), (partitioned, {"postgres.grant.sequence"})):
+            await run(
+                base,
+                "DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'adopter') THEN "
+                "CREATE ROLE adopter LOGIN PASSWORD 'pw'; END IF; END $$;"
+                f"GRANT SELECT, INSERT ON {RELATION} TO adopter;"
+                f'GRANT SELECT, INSERT, UPDATE, DELETE ON "{TABLE}_gaps", "{TABLE}_old_writers" TO adopter',
+            )
+            modest = msgspec.structs.replace(base, user="adopter", password=settings.Secret("pw"))
+            store = PostgresStore(modest, clock=SystemClock())
+            assert store.old_rows is not None
+            found = {name for name in await red(store) if "fleet" not in name}
+            assert {name for name in found if "grant" in name} == missing
+            assert "postgres.old_writers" not in found
+            assert await store.get(IDS.of(1)) is None
+            assert (await store.old_rows.old_writers()).last_seen_us is None
+            if not missing:
+                assert not (await store.write([record(1, **CHECKED)])).failures
+            await run(base, f'DROP INDEX "{TABLE}_sidecar_failures_idx"')
+            with pytest.raises(StoreError, match="owner"):
+                assert [step async for step in store.adopt()] == []
+            await store.close()
+
     async def test_where_there_is_no_table_nothing_is_made(self, postgres_empty: settings.Postgres) -> None:
         """A typing error in its name is an error of plan, create and check, never a new table."""
         store = PostgresStore(options(postgres_empty, SPECIFIED), clock=SystemClock())
