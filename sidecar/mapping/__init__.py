@@ -24,9 +24,9 @@ INVARIANTS
   be read is refused.
 * One bad event never harms its neighbours: it becomes a ``Refused`` with its source and its place.
 * The identity of an event (``identity: content``) is a function of its time, the mapping's name, its bytes and, for
-  equal bytes within one request, their number; so a resend is recognised however it is batched anew, and two equal events in
-  one request are two. Two equal events in two requests are one: that is the price, and why an event without a time of
-  its own is never identified by content.
+  equal bytes within one request, their number. So a resend is recognised however it is batched anew, and two equal
+  events in one request are two. Two equal events in two requests are one: that is the price, and why an event without a
+  time of its own is never identified by content.
 * No input raises anything but MalformedBody, TooLarge or UnsupportedMedia; no text of an error carries a value.
 """
 

@@ -21,6 +21,7 @@ _SCALE: Final = {"epoch_s": 6, "epoch_ms": 3, "epoch_us": 0, "epoch_ns": -3}
 _NUMBER: Final = re.compile(r"-?[0-9]{1,25}(?:\.[0-9]{1,25})?(?:[eE][+-]?[0-9]{1,2})?", re.ASCII)
 _WHOLE: Final = re.compile(r"[0-9]{1,25}", re.ASCII)
 _NO_OFFSET: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9:]{8}(?:\.[0-9]+)?", re.ASCII)
+_BASES_KEPT: Final = 4_096
 _EXACT: Final = len("2026-11-22T17:24:52.123456Z")
 _decode_text: Final = msgspec.json.Decoder(str).decode
 
@@ -28,7 +29,7 @@ _decode_text: Final = msgspec.json.Decoder(str).decode
 class TimeReader:
     """Reads the times of one mapping; ``formats`` are its time formats, ``offset`` that of texts without one."""
 
-    __slots__ = ("_formats", "_iso", "_offset", "_scale", "_stamps")
+    __slots__ = ("_bases", "_formats", "_iso", "_offset", "_scale", "_stamps")
 
     def __init__(self, formats: Collection[str], offset: str | None = None) -> None:
         self._formats = ", ".join(formats)
@@ -36,6 +37,7 @@ class TimeReader:
         self._scale = next((_SCALE[each] for each in formats if each in _SCALE), None)
         self._offset = offset
         self._stamps = Timestamps()
+        self._bases: dict[str, int] = {}  # second and offset -> microseconds: the events of a batch share few
 
     def read(self, leaf: object) -> tuple[int, bool] | None:
         """Microseconds, and whether the value says nothing more; None for null.
@@ -66,6 +68,19 @@ class TimeReader:
             return self._number(text)
         if not self._iso:
             raise self._unread("text")
+        cut = len(text) - 1 if text[-1:] == "Z" else text.rfind("+", 19)  # where the offset begins; -1: read slowly
+        digits = text[20:cut]
+        base = self._bases.get(text[:19] + text[cut:]) if digits.isdigit() and digits.isascii() else None
+        if base is not None and text[19] == ".":
+            return base + int((digits + "00000")[:6]), text[cut] == "Z" and len(text) <= _EXACT
+        moment, exact = self._slowly(text)
+        if text[19:20] == "." and cut > 0 and digits:
+            if len(self._bases) >= _BASES_KEPT:
+                self._bases.clear()
+            self._bases[text[:19] + text[cut:]] = moment - int((digits + "00000")[:6])
+        return moment, exact
+
+    def _slowly(self, text: str) -> tuple[int, bool]:
         try:
             if self._offset is not None and _NO_OFFSET.fullmatch(text):
                 return self._stamps.parse(text + self._offset), False

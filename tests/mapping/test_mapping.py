@@ -281,6 +281,35 @@ def _timed(formats):
     return DeclaredMapping(fields=(("log_timestamp", FieldSource(("/t",), formats=formats)),))
 
 
+@hypothesis_settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                ["2026-11-22T17:24:52", "2026-11-22T17:24:53", "2026-02-30T00:00:00", "0001-01-01T00:00:00"]
+            ),
+            st.text("0123456789\u0663.+-Z:", max_size=9),
+            st.sampled_from(["Z", "z", "+00:00", "+01:00", "-05:30", "+24:00", "", "+"]),
+        ),
+        max_size=6,
+    )
+)
+def test_a_time_reads_the_same_whether_its_second_was_met_before_or_not(given_texts):
+    """The reader remembers seconds; what it says is what reading each text afresh says."""
+    reader = TimeReader(("iso",))
+    for second, fraction, offset in given_texts * 2:
+        text = f"{second}.{fraction}{offset}"
+        try:
+            expected = TimeReader(("iso",)).read(text)
+        except Refusal:
+            expected = None
+        try:
+            found = reader.read(text)
+        except Refusal:
+            found = None
+        assert found == expected
+
+
 def test_an_offset_can_be_declared_for_texts_without_one():
     """.NET's DateTime without a kind; a text with its own offset keeps that."""
     reader = TimeReader(("iso",), "+01:00")
