@@ -19,7 +19,7 @@ from tests.scenarios.test_reads import get, old, sql
 from tests.scenarios.test_write_path import post
 
 SECONDS = float(os.environ.get("VALIDATION_SECONDS", "10"))
-"""How long the validator runs under load; make ci-faults asks for 90."""
+"""How long the validator runs under load; ``make faults`` asks for 90."""
 DAY = "/api/migration/validate-consistency?startDate=2026-01-15&endDate=2026-01-15"
 FAST = {"settle": "1s", "interval": "0s"}
 
