@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from sidecar.api.listener import Listener
@@ -21,6 +22,7 @@ from sidecar.backfill.comparison import Comparison
 from sidecar.backfill.filler import Filler, GaveUp
 from sidecar.backfill.gaps import Gaps
 from sidecar.backfill.job import FIRST_US, Job
+from sidecar.backfill.reading import QUIET_READS, Reading
 from sidecar.backfill.run import Backfill, Parts
 from sidecar.clock import Clock, SystemClock
 from sidecar.errors import RetryClass, StoreError
@@ -71,6 +73,10 @@ async def backfill(settings: Settings, request: Request, show: Callable[[Backfil
         ConfigError: ``ops`` cannot be listened on.
     """
     clock = SystemClock()
+    if request.rate is not None:
+        quiet = min(QUIET_READS, settings.dynamodb.read_in_flight)
+        dynamodb = msgspec.structs.replace(settings.dynamodb, read_in_flight=quiet)
+        settings = msgspec.structs.replace(settings, dynamodb=dynamodb)
     async with AsyncExitStack() as stack:
         stores = build_stores(settings, clock)
         for store in stores.values():
@@ -125,22 +131,29 @@ def build_parts(
     destination: Store = stores[job.destination]
     rng = random.Random()  # noqa: S311  (jitter, not secrets)
     ttl_days = settings.dynamodb.ttl_days
+    filler = Filler(
+        destination,
+        settings.retry,
+        clock=clock,
+        rng=rng,
+        rate=request.rate,
+        units=request.units,
+        patience=PATIENCE,
+    )
+    reading = Reading(filler.pace, clock)
     return Parts(
         source=source,
         destination=destination,
-        filler=Filler(
-            destination,
-            settings.retry,
-            clock=clock,
-            rng=rng,
-            rate=request.rate,
-            units=request.units,
-            patience=PATIENCE,
-        ),
+        filler=filler,
+        reading=reading,
         keeper=keeper,
         gaps=Gaps({name: store.gap_ledger for name, store in stores.items()}, job.destination),
         validator=Comparison(
-            source, destination, settle_us=int(settings.phases.max_lag * 1_000_000), now_us=clock.now_us
+            source,
+            destination,
+            settle_us=int(settings.phases.max_lag * 1_000_000),
+            now_us=clock.now_us,
+            paced=reading.paced,
         ),
         clock=clock,
         backoff=Backoff(settings.retry.delay, settings.retry.max_delay, rng),

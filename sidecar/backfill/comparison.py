@@ -99,9 +99,19 @@ class Comparison:
         destination: the other one.
         settle_us: how old a record must be to be missed, microseconds.
         now_us: wall clock.
+        paced: holds the source's entries back; the merge holds back the destination's.
     """
 
-    def __init__(self, source: Store, destination: Store, *, settle_us: int, now_us: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        source: Store,
+        destination: Store,
+        *,
+        settle_us: int,
+        now_us: Callable[[], int],
+        paced: Callable[[Scan], Scan] = lambda scan: scan,
+    ) -> None:
+        self._paced = paced
         self._source = source
         self._destination = destination
         self._settle_us = settle_us
@@ -111,7 +121,8 @@ class Comparison:
     async def __call__(self, start: int, end: int, hours: HourFilter) -> AsyncIterator[Hour]:
         """Every occupied hour, confirmed. Raises StoreError."""
         young_from = self._now_us() - self._settle_us
-        hourly = merged(self._source.scan(start, end, hours=hours), self._destination.scan(start, end, hours=hours))
+        source = self._paced(self._source.scan(start, end, hours=hours))
+        hourly = merged(source, self._destination.scan(start, end, hours=hours))
         try:
             async for hour in hourly:
                 if hour.suspects:

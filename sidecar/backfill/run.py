@@ -35,6 +35,7 @@ from sidecar.backfill.gaps import Gaps
 from sidecar.backfill.hours import Hours
 from sidecar.backfill.job import ORDER_END, Job, order
 from sidecar.backfill.proof import Proof
+from sidecar.backfill.reading import Reading
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import DYNAMODB
@@ -56,6 +57,7 @@ class Parts:
     source: Store
     destination: Store
     filler: Filler
+    reading: Reading
     keeper: Keeper
     gaps: Gaps
     validator: Validator
@@ -141,7 +143,7 @@ class Backfill:
         found: list[_Found] = []
         rehearses = self.job.dry or self.job.destination == DYNAMODB
         scan = self._rehearsed(start, end, found) if rehearses else parts.source.scan(start, end, hours=self._wanted)
-        hourly = merged(scan, parts.destination.scan(start, end, hours=self._wanted))
+        hourly = merged(parts.reading.paced(scan), parts.destination.scan(start, end, hours=self._wanted))
         try:
             async for hour in hourly:
                 hours.tell(hour.number, complete=hour.complete)

@@ -17,6 +17,7 @@ from sidecar.backfill.gaps import Gaps
 from sidecar.backfill.hours import MOST, Hours
 from sidecar.backfill.job import Job, Shard, order
 from sidecar.backfill.proof import Proof
+from sidecar.backfill.reading import READ_SHARE, Reading
 from sidecar.errors import ConfigError, RetryClass, StoreError
 from sidecar.gaps import GapLine
 from sidecar.phase import DYNAMODB, POSTGRES
@@ -247,6 +248,38 @@ class TestFiller:
         for part in subject.parts(records(200)):
             await drive(asyncio.ensure_future(subject.fill(part, lambda _s, _p: None)), subject, time)
             assert len(store.filled) <= 100.0 * time.seconds + 11
+
+
+class TestReading:
+    """Surveys beside live traffic."""
+
+    async def test_entries_come_at_a_multiple_of_the_rate_and_not_while_it_is_paused(self) -> None:
+        """Never more than READ_SHARE times the rate for the time that went by, and a second's credit."""
+        time = Time()
+        subject = filler(Picky(), time, rate=100.0)
+        store = MemoryStore()
+        for at in range(0, 10_000, 1_000):
+            await store.write([record(i, log_timestamp=BASE + i) for i in range(at, at + 1_000)])
+        scan = Reading(subject.pace, time).paced(store.scan(BASE, BASE + 20_000))
+        seen = 0
+        async for _ in scan:
+            seen += 1
+            assert seen <= 100.0 * READ_SHARE * (time.seconds + 1.0) + 500
+            if seen == 6_000:
+                break
+        assert time.seconds > 1.5
+        subject.order(paused_by="me", reason="lunch", rate=100.0)
+        held = asyncio.ensure_future(collect(scan))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert not held.done()
+        subject.order(paused_by=None, reason="", rate=None)
+        assert await held == 4_000
+
+
+async def collect(scan) -> int:
+    """How many are left."""
+    return len([entry async for entry in scan])
 
 
 async def drive(task: "asyncio.Future[list[tuple[str, object]]]", subject: Filler, time: Time | None = None) -> object:

@@ -15,6 +15,7 @@ from sidecar.backfill.evidence import Copies
 from sidecar.backfill.filler import Filler, GaveUp
 from sidecar.backfill.gaps import Gaps
 from sidecar.backfill.job import FIRST_US, Job, Shard
+from sidecar.backfill.reading import Reading
 from sidecar.backfill.run import Backfill, Parts
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import DYNAMODB, POSTGRES, StoreName
@@ -65,12 +66,12 @@ class Stand:
         keeper = Keeper(self.jobs, job.key, time)
         checkpoint = await keeper.take("run", dry=job.dry)
         retry = configuration.Retry(delay=0.001, max_delay=0.002)
+        filler = Filler(self.destination, retry, clock=time, rng=self.rng, rate=None, units=None, patience=10_000_000.0)
         parts = Parts(
             source=self.source,
             destination=self.destination,
-            filler=Filler(
-                self.destination, retry, clock=time, rng=self.rng, rate=None, units=None, patience=10_000_000.0
-            ),
+            filler=filler,
+            reading=Reading(filler.pace, time),
             keeper=keeper,
             gaps=Gaps({POSTGRES: self.ledger}, job.destination),
             validator=Comparison(self.source, self.destination, settle_us=1, now_us=time.now_us),
