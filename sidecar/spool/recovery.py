@@ -89,7 +89,14 @@ def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine)
     """Look at the files before SQLite does; what SQLite would drop is taken into memory, the log is copied aside."""
     found = Findings()
     database, log = directory / disk.DATABASE, directory / disk.WAL
-    there = database.exists() and database.stat().st_size > 0
+    there = _has_bytes(database)
+    if last is None and (there or _has_bytes(directory / "position")):
+        # It is on the disk before the database is; without it a log that was cut short looks whole.
+        found.lower_bound = True
+        found.messages.append(
+            "spool: position is missing or damaged; what may be missing from the other files cannot be counted:"
+            " compare the stores over the last hours (validate-consistency)"
+        )
     if last is None and not there and not log.exists():
         return found  # a new spool
     found.unclean = last is None or last.state != disk.CLEAN
@@ -115,6 +122,10 @@ def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine)
         found.lower_bound = True
         found.messages.append(f"spool: {disk.DATABASE} is missing or empty, though records were accepted before")
     return found
+
+
+def _has_bytes(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _is_ours(database: Path, last: disk.Mark | None) -> bool:
