@@ -305,10 +305,6 @@ async def _the_disk_flips_a_bit(w: Watch) -> AsyncIterator[None]:
     await w.pods[1].start()
     yield
     w.ddb_proxy.clear()
-    await w.pods[1].drained()
-    await w.order(
-        w.pods[0], "/api/migration/repair", {"dry_run": False, "reason": "what the disk lost is in the other"}
-    )
 
 
 @asynccontextmanager
