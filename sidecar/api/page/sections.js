@@ -252,7 +252,10 @@ export function attention(status, lost, failed, forced = null) {
     if (now.fleet?.fenced) add("bad", "This instance is fenced: it accepts records and refuses reads until it has read the fleet's record again.");
     for (const [store, text] of Object.entries(now.fleet?.trouble || {})) add("warn", `The fleet's tables in ${store}: ${text}.`);
     for (const [store, text] of Object.entries(now.gap_ledger_trouble || {})) add("warn", `Records for ${store} wait for a line in the gap ledger: ${text}.`);
-    if (now.hold) add("warn", `The step from ${now.applied} to ${now.desired} is held by ${now.hold.gate}: ${now.hold.observed}; required: ${now.hold.required}.`);
+    const holds = now.fleet?.holds || (now.hold ? [now.hold] : []);
+    const step = `The step from ${now.applied} to ${now.desired} is held by`;
+    if (holds.length === 1) add("warn", `${step} ${holds[0].gate}: ${holds[0].observed}; required: ${holds[0].required}.`);
+    else if (holds.length) add("warn", `${step} ${count(holds.length)} gates: ${holds.map((hold) => hold.gate).join(", ")}.`);
     const last = now.history.at(-1);
     if (last?.forced) add("warn", `The last step was forced by ${last.by}: ${last.why || "no reason given"}.`);
     if (forced) add("warn", `phase_force is stated: ${forced}; red gates are overridden until it is removed.`);

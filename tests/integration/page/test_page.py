@@ -217,8 +217,13 @@ async def applied(sidecar, phase):
 async def test_it_is_accessible_in_both_colours_with_everything_on_it(stand, browser, http, scheme, tmp_path):
     """Axe finds nothing against WCAG 2.2 AA, contrast included, while a store is down and letters are dead."""
     assert AXE.exists(), "axe-core is missing: run tests/integration/page/install"
-    sidecar = await controlled(stand, phase="dual_write", instance="checkout-7d9c-x2x1v").start()
+    fleet = {"enabled": True, "heartbeat": "300ms", "fence_after": "60s"}
+    quiet = {"interval": 0, "settle": "1s"}
+    sidecar = controlled(stand, phase="dual_write", fleet=fleet, instance="checkout-7d9c-x2x1v", validation=quiet)
+    await sidecar.start()
     await poisoned(stand, http, sidecar, "bad1", good=300)
+    async with http.get(f"{sidecar.url}/api/migration/validate-consistency") as answer:
+        assert (await answer.json())["outcome"] == "divergent", "the dead letter is a difference"
     writing = asyncio.create_task(write(http, sidecar))
     try:
         async with look(browser, sidecar.url, color_scheme=scheme, reduced_motion="reduce") as seen:
@@ -228,10 +233,11 @@ async def test_it_is_accessible_in_both_colours_with_everything_on_it(stand, bro
             await seen.page.get_by_role("button", name="List them").click()
             await seen.sees("#letters", "23514")
             await expect(seen.page.locator("figure[data-plot=owed] path.postgres")).to_have_attribute("d", LONG)
-            stand.dynamo.on("*", Reset())
-            sidecar.configure(phase="dynamo_only")
+            sidecar.configure(phase="dual_write_read_dynamo")
+            await seen.sees("#gates", "days_validated")
+            stand.dynamo.on("BatchWriteItem", Reset())
             await seen.sees("#stores tr[data-key=dynamodb]", "down")
-            await seen.sees("#gates", "adjacent_step")
+            await seen.sees("#fleet", "checkout-7d9c-x2x1v")
             await seen.page.locator("#h-stores").scroll_into_view_if_needed()
             picture = tmp_path / f"status-{scheme}.png"
             await seen.page.screenshot(path=picture, full_page=True)
@@ -264,18 +270,31 @@ async def write(http, sidecar):
         await asyncio.sleep(0.2)
 
 
-async def test_it_shows_a_fleet_of_two_and_what_holds_it(stand, browser):
-    """Both instances by name, who leads, every gate that is red; a hostile instance name is text here too."""
-    fleet = {"enabled": True, "heartbeat": "300ms", "fence_after": "3s"}
+async def test_it_shows_a_fleet_of_two_and_every_gate_with_its_evidence(stand, browser):
+    """Both instances, one with a hostile name; who disagrees; then the gates of 1 to 2 with evidence, red and green."""
+    fleet = {"enabled": True, "heartbeat": "300ms", "fence_after": "5s"}
     first = await stand.sidecar("first", phase="sql_only", fleet=fleet, instance="checkout-a").start()
     second = await stand.sidecar("second", phase="sql_only", fleet=fleet, instance=HOSTILE[:60]).start()
     async with look(browser, first.url) as seen:
         await seen.sees("#fleet-facts", "sql_only, epoch")
+        await seen.sees("#fleet", "checkout-a")
+        await seen.sees("#fleet", HOSTILE[:60])
+        await expect(seen.page.locator("#fleet tbody tr", has_text="live")).to_have_count(2)
         first.configure(phase="dual_write")
         await seen.sees("#gates", "configurations_agree")
         await seen.sees("#problem-list", "configurations_agree")
         second.configure(phase="dual_write")
         await seen.sees("#applied", "dual_write")
+        await seen.sees("#history tbody tr:first-child", "dual_write")
+        for sidecar in (first, second):
+            sidecar.configure(phase="dual_write_read_dynamo")
+        gates = seen.page.locator("#gates tbody tr")
+        await expect(gates.filter(has_text="red").filter(has_text="days_validated")).to_be_visible()
+        await expect(gates.filter(has_text="green").first).to_be_visible()
+        await seen.sees("#desired", "dual_write_read_dynamo")
+        await seen.sees("#applied", "dual_write")
+        assert await seen.page.evaluate("window.harmed") is None
+        assert await seen.page.locator("img, main script").count() == 0
         assert seen.errors == []
     assert second.process.poll() is None
 
