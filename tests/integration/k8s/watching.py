@@ -341,7 +341,7 @@ async def _the_disk_is_slow(w: Watch) -> AsyncIterator[None]:
 async def _a_record_is_changed_behind_the_sidecars(w: Watch) -> AsyncIterator[None]:
     changed = str(uuid.uuid4())
     assert await w.post(w.pods[0], {**_dated(changed, hours=2), "service_name": "s"}) == 202
-    await w.pods[0].drained()
+    await w.pods[0].drained(PATIENCE)
     await _sql(w, f"UPDATE \"{w.pg.table}\" SET user_id = 'somebody' WHERE log_id = '{changed}'")
 
     async def look() -> None:
