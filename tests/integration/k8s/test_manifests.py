@@ -284,7 +284,7 @@ def statements(name: str) -> list[dict[str, Any]]:
 
 
 def test_the_steady_states_role_deletes_nothing_but_canary_and_heartbeats_and_creates_nothing():
-    """No wildcard action, no table management; Scan only of the service index; DeleteItem only under the keys of the canary and of heartbeats."""
+    """No wildcard, no table management; Scan of one index; DeleteItem under the keys of canary and heartbeats alone."""
     deletable = {}
     scanned = []
     for statement in statements("sidecar-policy.json"):
