@@ -79,11 +79,10 @@ def events(body: bytes, warn: Callable[[str], None]) -> Iterator[Members | tuple
     listed = top.pop("resourceLogs", None)
     if listed is None and top:
         raise MalformedBody("the body has no resourceLogs; send an ExportLogsServiceRequest in OTLP/JSON")
-    if top:
-        warn("members of the request that OTLP/JSON does not know were left out")
+    whole: Members = {"request": top} if top else {}  # members that OTLP/JSON does not know
     for resource_logs in _objects(listed, "resourceLogs"):
         scopes = resource_logs.pop("scopeLogs", None)
-        beside = _around(resource_logs, "resource", "resourceSchemaUrl", "resourceLogs")
+        beside = whole | _around(resource_logs, "resource", "resourceSchemaUrl", "resourceLogs")
         for scope_logs in _objects(scopes, "scopeLogs"):
             records = scope_logs.pop("logRecords", None)
             around = beside | _around(scope_logs, "scope", "schemaUrl", "scopeLogs")

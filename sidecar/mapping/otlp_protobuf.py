@@ -81,10 +81,14 @@ def _keep_unknown(request: Any) -> dict[int, str]:
         return {}
     found: dict[int, str] = {}
     number = 0
+    empty = _request()()
+    empty.CopyFrom(request)
+    del empty.resource_logs[:]
     for resource_logs in request.resource_logs:
         for scope_logs in resource_logs.scope_logs:
             for record in scope_logs.log_records:
                 one = _request()()
+                one.CopyFrom(empty)
                 above = one.resource_logs.add()
                 above.CopyFrom(resource_logs)
                 del above.scope_logs[:]

@@ -253,6 +253,13 @@ async def test_without_the_extra_protobuf_is_415_with_what_to_install(door: Door
         otlp_protobuf._request.cache_clear()
 
 
+async def test_the_product_starts_without_the_extra() -> None:
+    """Nothing of it is imported before a request in protobuf comes."""
+    code = "import sys, sidecar.__main__, sidecar.app.serve; print([m for m in sys.modules if 'opentelemetry' in m])"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    assert (await asyncio.wait_for(process.communicate(), 60))[0].strip() == b"[]"
+
+
 async def test_a_changed_configuration_changes_the_mapping(door: Door) -> None:
     """From the next request on: a new mapping, a changed ready-made one, and OTLP's."""
     assert (await post(door, "/ingest/mine", [{}]))[0] == 404

@@ -132,6 +132,9 @@ def test_fields_that_the_library_does_not_know_are_kept_encoded():
     assert b"new" in base64.b64decode(str(second["unknownFields"]))
     assert second["body"] == "future"
     assert len(warnings) == 1
+    request.MergeFromString(b"\xa2\x06\x03top")  # of the request itself: then every record has it
+    for event in otlp_protobuf.events(request.SerializeToString(), warnings.append):
+        assert b"top" in base64.b64decode(str(event["unknownFields"]))
 
 
 def test_this_version_of_the_protocol_has_no_field_that_is_passed_over():
@@ -152,11 +155,12 @@ def test_unusual_values_stay_as_they_came():
         b'"severityText":"Notice"}'
     )
     twice = b'{"attributes":[{"key":"a","value":{"intValue":1}},{"key":"a","value":{"intValue":2}}]}'
-    body = b'{"resourceLogs":[{"new":1,"scopeLogs":[{"newer":2,"logRecords":[%b,%b]}]}]}' % (log, twice)
+    body = b'{"newest":3,"resourceLogs":[{"new":1,"scopeLogs":[{"newer":2,"logRecords":[%b,%b]}]}]}' % (log, twice)
     first, second = (record(event)["request_data"] for event in otlp_json.events(body, pytest.fail))
     assert first["attributes"] == [{"key": "a", "value": {"newKind": 1}}]
     assert first["newMember"] == [1.1]
     assert (first["resourceLogs"], first["scopeLogs"]) == ({"new": 1}, {"newer": 2})
+    assert first["request"] == second["request"] == {"newest": 3}
     assert len(second["attributes"]) == 2
 
 
