@@ -9,10 +9,12 @@ from typing import Any
 import aiohttp
 import pytest
 
+from benchmarks.table_dynamodb import TableServer
 from sidecar import settings
 from sidecar.clock import SystemClock
 from sidecar.stores.dynamodb import DynamoDBStore
 from tests.parts import oracle
+from tests.parts.dynamodb import CREDENTIALS
 from tests.parts.fault_proxy import FaultProxy
 from tests.parts.sidecar import Sidecar
 from tests.parts.tcp_proxy import TcpProxy
@@ -85,6 +87,26 @@ async def stand(
             yield made
             for each in made.made:
                 stack.callback(each.close)
+
+
+@pytest.fixture
+async def quick_stand(
+    tmp_path: Path, postgres: settings.Postgres, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Stand]:
+    """The same with a DynamoDB that takes thousands of calls a second, for several sidecars at once."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    async with TableServer() as server:
+        options = settings.DynamoDB(endpoint_url=server.url, region="eu-west-1")
+        store = DynamoDBStore(options, clock=SystemClock())
+        await store.create()
+        await store.close()
+        async with TcpProxy(postgres.host, postgres.port) as sql, FaultProxy(server.url) as dynamo:
+            made = Stand(tmp_path, postgres, options, sql, dynamo)
+            with contextlib.ExitStack() as stack:
+                yield made
+                for each in made.made:
+                    stack.callback(each.close)
 
 
 @pytest.fixture

@@ -13,17 +13,20 @@
 THE JUDGEMENT (``judge``) knows nothing of the product's bookkeeping: it reads both stores and both ledgers past the
 sidecars. Every record that was answered with 2xx is in both stores, or is in one and counted in the other's gap ledger;
 the ledger counts nothing that is not missing, but for its head start of a tenth and what was counted again after a
-stop; and no read asked a store that is not owed a record that every required store of its writer had confirmed before.
-Records lie in ``HOURS`` hours of the past, so that gaps can be counted by hour.
+stop; no read asked a store that is not owed a record that every required store of its writer had confirmed before; and
+what waited for a stopped instance, while the others went where DynamoDB is owed everything, is in DynamoDB.
+Records lie in a few hours of the past, so that gaps can be counted by hour.
 """
 
 import asyncio
 import json
+import os
 import random
 import signal
+import sys
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -39,12 +42,12 @@ from sidecar.stores.dynamodb import DynamoDBStore
 from sidecar.stores.postgres import PostgresStore
 from tests.parts import oracle
 from tests.parts.postgres import connect
-from tests.parts.sidecar import Sidecar, eventually
+from tests.parts.sidecar import ROOT, Sidecar, eventually
 
-HOURS: Final = tuple(f"2026-01-01T{hour:02d}" for hour in range(3))
+HOURS: Final = tuple(f"2025-01-01T{hour:02d}" for hour in range(3))
 _RECENT: Final = 300  # records that readers choose from
 _BATCH: Final = 3
-_PAUSE: Final = 0.03  # seconds between a client's requests: the stores are emulated, and read whole at the end
+_PAUSE: Final = 0.05  # seconds between a client's requests: the stores are emulated, and read whole at the end
 QUICK: Final[dict[str, Any]] = {
     "fleet": {"enabled": True, "heartbeat": "200ms", "fence_after": "2s"},
     "postgres": {"connect_timeout": "500ms", "command_timeout": "1s"},
@@ -76,6 +79,9 @@ class Crew:
     found: Counter[tuple[str, str]] = field(default_factory=Counter)  # (instance, store) of reads answered 200
     refused: Counter[tuple[str, int, str]] = field(default_factory=Counter)  # (instance, status, code) of other answers
     copied: set[tuple[str, str]] = field(default_factory=set)  # (log_id, store) that ``fill`` put there
+    hours: Sequence[str] = HOURS  # of the records' log_timestamp
+    writing: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: writers pause
+    late: set[str] = field(default_factory=set)  # acknowledged of what waited for an instance that was stopped
 
     def __getitem__(self, name: str) -> Sidecar:
         return self.pods[name]
@@ -104,6 +110,7 @@ class Crew:
     async def load(self) -> AsyncIterator[None]:
         """Clients that write and read at every instance until the block ends."""
         done = asyncio.Event()
+        self.writing.set()
         tasks = [asyncio.create_task(client(name, done)) for name in self.pods for client in (self._write, self._read)]
         try:
             yield
@@ -114,6 +121,40 @@ class Crew:
                 task.cancel()
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert not [each for each in outcomes if each is not None], outcomes
+
+    @asynccontextmanager
+    async def quiet(self) -> AsyncIterator[None]:
+        """Nobody writes, and everything that was written is delivered; reads go on."""
+        self.writing.clear()
+        for pod in self.pods.values():
+            await pod.drained()
+        yield
+        self.writing.set()
+
+    async def command(self, name: str, *arguments: str) -> str:
+        """A command of the product with an instance's configuration; what it prints. It must succeed."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "sidecar",
+            *arguments,
+            "--config",
+            str(self.pods[name].mount.directory / "config.yaml"),
+            cwd=ROOT,
+            env={**os.environ, "AWS_EC2_METADATA_DISABLED": "true"},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with asyncio.timeout(40):
+                out, errors = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        assert process.returncode == 0, (arguments, process.returncode, out, errors)
+        return out.decode()
 
     async def writes(self, *names: str, n: int = 30) -> None:
         """Await that each of some (all where none is named) has acknowledged ``n`` more records."""
@@ -137,14 +178,16 @@ class Crew:
         number = 0
         while not done.is_set():
             number += 1
+            await self.writing.wait()
             await self._post(name, number)
             await asyncio.sleep(_PAUSE)
 
-    async def _post(self, name: str, number: int) -> None:
+    async def _post(self, name: str, number: int) -> Sequence[str]:
+        """The ids that were acknowledged."""
         batch = [
             {
                 "log_id": str(uuid.uuid4()),
-                "log_timestamp": f"{random.choice(HOURS)}:{number % 60:02d}:00Z",
+                "log_timestamp": f"{random.choice(self.hours)}:{number % 60:02d}:00Z",
                 "service_name": "orders",
                 "application_id": number,
                 "request_data": name,
@@ -158,14 +201,15 @@ class Crew:
                 document = await answer.json(content_type=None)
                 status = answer.status
         except aiohttp.ClientError:  # killed, or being started
-            return
+            return ()
         if status not in (201, 202):
             self.refused[name, status, document["error"]["code"]] += 1
-            return
-        for record in batch:
-            self.acked[str(record["log_id"])] = f"{name} {document['phase']} {status}"
+            return ()
+        ids = [str(record["log_id"]) for record in batch]
+        self.acked.update(dict.fromkeys(ids, f"{name} {document['phase']} {status}"))
         if status == 201:
-            self.recent.extend(str(record["log_id"]) for record in batch)
+            self.recent.extend(ids)
+        return ids
 
     async def _read(self, name: str, done: asyncio.Event) -> None:
         while not done.is_set():
@@ -196,6 +240,7 @@ class Crew:
         await asyncio.sleep(0.1)  # the requests lie in its sockets; nobody could tell when
         yield
         await asyncio.gather(*tasks)
+        self.late |= {log_id for task in tasks for log_id in task.result() or ()}
 
     # --- what they say ---------------------------------------------------------------------------------------------
 
@@ -214,7 +259,7 @@ class Crew:
                 return seen["applied"] == phase and not seen["fleet"]["fenced"]
 
             try:
-                await eventually(there, seconds=seconds)
+                await eventually(there, seconds=seconds, every=0.1)
             except AssertionError:
                 raise AssertionError(f"{name} is not in {phase}: {seen}") from None
 
@@ -224,7 +269,7 @@ class Crew:
         async def alone() -> bool:
             return bool((await self.phase(name))["fleet"]["fenced"])
 
-        await eventually(alone, what=f"{name} fenced")
+        await eventually(alone, every=0.1, what=f"{name} fenced")
 
     async def held(self, gate: str, *names: str, seconds: float = 20.0) -> None:
         """Await that whoever leads among some (all where none is named) gives a reason for not moving."""
@@ -235,7 +280,7 @@ class Crew:
             return any(hold["gate"] == gate for holds in seen for hold in holds)
 
         try:
-            await eventually(said, seconds=seconds)
+            await eventually(said, seconds=seconds, every=0.1)
         except AssertionError:
             raise AssertionError(f"not held by {gate}: {seen}") from None
 
@@ -357,6 +402,8 @@ class Crew:
         assert not invented, f"the gap ledger says more than is missing: {invented}"
         unsafe = [m for m in self.missed if m.log_id not in stores[m.store] or (m.log_id, m.store) in self.copied]
         assert not unsafe, f"{len(unsafe)} unsafe reads, e.g. {unsafe[:3]}"
+        old = [self.acked[log_id] for log_id in self.late if log_id not in dynamo]
+        assert not old, f"{len(old)} stamped for a phase that was gone, e.g. {old[:3]}"
 
 
 _NUMBERS: Final = {"sql_only": 0, "dual_write": 1, "dual_write_read_dynamo": 2, "dynamo_only": 3}

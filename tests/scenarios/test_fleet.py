@@ -6,9 +6,9 @@ from tests.parts.tcp_proxy import TcpProxy
 from tests.scenarios.crew import crew
 
 
-async def test_the_fleet_waits_for_the_last_to_hear_and_for_nobody_who_is_dead(stand, http):
+async def test_the_fleet_waits_for_the_last_to_hear_and_for_nobody_who_is_dead(quick_stand, http):
     """Swaps at different instants hold the step until the last; a killed instance holds it until it is counted out."""
-    async with crew(stand, http, "abc", phase="sql_only") as fleet:
+    async with crew(quick_stand, http, "abc", phase="sql_only") as fleet:
         async with fleet.load():
             await fleet.writes()
             fleet.swap("dual_write", "a", "b")
@@ -32,13 +32,13 @@ async def test_the_fleet_waits_for_the_last_to_hear_and_for_nobody_who_is_dead(s
         assert fleet.missed == []
 
 
-async def test_an_instance_that_is_cut_off_from_both_stores_goes_on_accepting_and_the_others_walk_on(stand, http):
+async def test_an_instance_that_is_cut_off_from_both_stores_goes_on_accepting_and_the_others_walk_on(quick_stand, http):
     """It refuses reads and owes what it accepts to be decided; back again, that is owed to the phase of then."""
     async with (
-        TcpProxy(stand.postgres.host, stand.postgres.port) as sql,
-        FaultProxy(stand.dynamodb.endpoint_url) as dynamo,
+        TcpProxy(quick_stand.postgres.host, quick_stand.postgres.port) as sql,
+        FaultProxy(quick_stand.dynamodb.endpoint_url) as dynamo,
         crew(
-            stand,
+            quick_stand,
             http,
             "abc",
             phase="dual_write",
@@ -62,6 +62,6 @@ async def test_an_instance_that_is_cut_off_from_both_stores_goes_on_accepting_an
             await fleet.reaches("dynamo_only", "c")
             await fleet.reads("dynamodb")
         await fleet.judge(again=300)
-        oracle.assert_holds(await stand.in_dynamodb(), undecided)
+        oracle.assert_holds(await quick_stand.in_dynamodb(), undecided)
         assert fleet.refused["c", 503, "phase_unknown"] > 0
         assert await fleet.walk() == [(1, 2), (2, 3)]
