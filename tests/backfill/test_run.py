@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -145,6 +146,20 @@ async def test_refused_records_stop_it_before_anything_is_copied_and_keep_their_
     assert seen.left == 40  # known to be missing
     seen = await stand.run(job, skip_refused=True)
     assert (seen.good, sum(seen.refused.values()), seen.copied, seen.left) == (False, 1, 39, 1)
+    assert [each.hour for each in await stand.ledger.gaps()] == [HOUR]
+
+
+async def test_a_verification_that_goes_on_closes_no_gap_of_the_hours_behind_it() -> None:
+    """The process before judged them: an hour that was not clean stays open though it is not looked at again."""
+    job = Job(POSTGRES, DYNAMODB)
+    stand = Stand(job, random.Random(1))
+    await stand.source.write([record(i, log_timestamp=BASE + i * HOUR_US) for i in range(3)])
+    await stand.destination.write([record(i, log_timestamp=BASE + i * HOUR_US) for i in (1, 2)])
+    await stand.ledger.put_gaps([line(HOUR), line(HOUR + 1), line(HOUR + 2)])
+    before = Checkpoint(run="run", stage="verify", reached=(HOUR + 1) * HOUR_US, left=1)
+    stand.jobs.kept[job.key] = (msgspec.json.encode(before), 3)
+    seen = await stand.run(job)
+    assert (seen.stage, seen.good, seen.left) == ("done", False, 1)
     assert [each.hour for each in await stand.ledger.gaps()] == [HOUR]
 
 

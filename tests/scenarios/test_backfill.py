@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from benchmarks.table_dynamodb import TableServer
@@ -27,7 +28,7 @@ from tests.parts import oracle
 from tests.parts.dynamodb import CREDENTIALS
 from tests.parts.fault_proxy import FaultProxy, Refuse, Unprocess
 from tests.parts.postgres import connect
-from tests.parts.sidecar import ROOT, eventually
+from tests.parts.sidecar import ROOT, eventually, free_port
 from tests.parts.tcp_proxy import TcpProxy
 from tests.scenarios.conftest import Stand
 from tests.stores.records import BASE, record
@@ -202,8 +203,14 @@ async def test_sigterm_ends_with_a_checkpoint_and_the_next_process_goes_on(
     assert (code, first["stage"], first["good"]) == (1, "copy", False)
     assert first["copied"] == len(await stand.in_dynamodb()) < 1_500
     assert (await runs.run("pause", "--why", "lunch"))[1]["reason"] == "lunch"
-    process = runs.spawn(*PG_TO_DYNAMO, "--rate", "none")
+    ops = free_port()
+    process = runs.spawn(*PG_TO_DYNAMO, "--rate", "none", "--ops", f"127.0.0.1:{ops}")
     await eventually(lambda: b" (lunch)" in runs.log.read_bytes(), seconds=30, what="held")
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{ops}/metrics") as answer:
+        metrics = (await answer.text()).splitlines()
+    assert 'sidecar_backfill_stage{stage="copy"} 1.0' in metrics
+    assert f"sidecar_backfill_left_records {1_500.0 - first['copied']}" in metrics
+    assert f'sidecar_backfill_records_total{{result="copied"}} {float(first["copied"])}' in metrics
     assert (await runs.run("status"))[1]["jobs"][0]["checkpoints"][0]["copied"] < 1_500
     await runs.run("resume")
     code, told = await runs.ended(process)
