@@ -263,6 +263,7 @@ async def test_the_product_starts_without_the_extra() -> None:
 async def test_a_changed_configuration_changes_the_mapping(door: Door) -> None:
     """From the next request on: a new mapping, a changed ready-made one, and OTLP's."""
     assert (await post(door, "/ingest/mine", [{}]))[0] == 404
+    assert (await post(door, "/ingest/pino", []))[0] == 200  # in use before the change
     text = (
         "mappings:\n  mine: {service_name: {value: billing}}\n  otlp: {service_name: /resource/attributes/host.name}\n"
         "  pino: {correlation_id: /hostname}"
