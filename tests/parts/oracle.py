@@ -53,7 +53,9 @@ async def read_postgres(settings: Any) -> dict[str, dict[str, Any]]:
     for row in rows:
         fields = dict(row)
         fields["log_id"] = str(fields["log_id"])
-        fields["log_timestamp"] = fields["log_timestamp"].strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        # Not strftime, whose %Y writes the year 1 without its zeros.
+        stamp = fields["log_timestamp"].isoformat(timespec="microseconds")
+        fields["log_timestamp"] = stamp.replace("+00:00", "Z")
         found[fields["log_id"]] = fields
     return found
 
