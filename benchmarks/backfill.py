@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -143,11 +144,12 @@ class Bench:
         finally:
             await sql.close()
 
-    def backfill(self, *arguments: str, highest: str = "peak_mib") -> dict[str, Any]:
+    def backfill(self, *arguments: str) -> dict[str, Any]:
         """Run one process to its end; what it told, how long it took, its memory, and the units it cost."""
         before = self.stats()
         out = self.directory / "told.json"
         begun = time.monotonic()
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         with out.open("wb") as sink, (self.directory / "backfill.log").open("ab") as log:
             argv = python("-m", "sidecar", "backfill", *arguments, "--json", "--config", str(self.config))
             process = subprocess.Popen(
@@ -161,6 +163,8 @@ class Bench:
                 peak = max(peak, _peak(process.pid))
                 time.sleep(0.05)
         seconds = time.monotonic() - begun
+        cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_seconds = cpu.ru_utime + cpu.ru_stime - used.ru_utime - used.ru_stime
         after = self.stats()
         told = json.loads(out.read_text() or "{}")
         rows = max(1, told.get("looked_at", 0))
@@ -170,7 +174,8 @@ class Bench:
             "copied": told.get("copied"),
             "seconds": round(seconds, 2),
             "records_per_second": round(rows / seconds),
-            highest: round(peak, 1),
+            "cpu_seconds_per_million": round(cpu_seconds * 1e6 / rows, 1),
+            "peak_mib": round(peak, 1),
             "write_units_per_million": round((after["write_units"] - before["write_units"]) * 1e6 / rows),
             "read_units_per_million": round((after["read_units"] - before["read_units"]) * 1e6 / rows),
         }

@@ -45,9 +45,6 @@ class Hours:
         for first, last in self.runs:
             yield from range(first, last + 1)
 
-    def __contains__(self, hour: object) -> bool:
-        return isinstance(hour, int) and any(first <= hour <= last for first, last in self.runs)
-
     def _compact(self) -> None:
         breaks = sorted(b[0] - a[1] for a, b in zip(self.runs, self.runs[1:], strict=False))
         bound = min(breaks[len(breaks) // 2], WIDE)
