@@ -1,6 +1,7 @@
 """A sidecar on the specification's own table, from before it is adopted to both stores being equal for new records."""
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -65,6 +66,7 @@ async def post(http: aiohttp.ClientSession, one: Sidecar, **fields: Any) -> tupl
         return answer.status, await answer.json()
 
 
+@pytest.mark.timeout(300)  # some ten processes, one after the other
 async def test_a_table_is_adopted_under_a_running_sidecar(loan_stand: Stand, http: aiohttp.ClientSession) -> None:
     """Held until it is adopted, then delivered without a restart; old and new rows are one; poison is one record's."""
     admin = await connect(loan_stand.postgres)
@@ -85,18 +87,17 @@ async def test_a_table_is_adopted_under_a_running_sidecar(loan_stand: Stand, htt
 
     await eventually(blocked, what="the reason is in the status")
 
-    planned = await cli(one, "adopt", "--plan")
+    planned, unconfirmed = await asyncio.gather(
+        cli(one, "adopt", "--plan"), cli(one, "adopt", "--apply", "--confirm", TABLE)
+    )
     assert planned.returncode == 1
     assert "about" in planned.stdout or "never analysed" in planned.stdout
     assert f'ALTER TABLE "public".{RELATION} ADD COLUMN "SidecarLogId" uuid;' in planned.stdout
-    unconfirmed = await cli(one, "adopt", "--apply", "--confirm", TABLE)
     assert unconfirmed.returncode == 2
     assert f"allowed: {NAME}" in unconfirmed.stderr
-    assert (await cli(one, "adopt", "--plan")).stdout == planned.stdout
     applied = await cli(one, "adopt", "--apply", "--confirm", NAME)
     assert applied.returncode == 0, applied.stderr
     assert applied.stderr.count("done: ") == 4
-    assert (await cli(one, "adopt", "--plan")).returncode == 0
     await one.drained()
 
     # Old rows by their computed ids, and both kinds in one answer, newest first.
@@ -136,6 +137,8 @@ async def test_a_table_is_adopted_under_a_running_sidecar(loan_stand: Stand, htt
         assert {name: stored[name] for name in held[log_id]} == held[log_id]
 
     # The application still writes the old way: its rows follow to DynamoDB, the history waits for the backfill.
+    begun = "rows of old writers are copied from here on"
+    await eventually(lambda: any(begun in str(event) for event in one.events()), what=begun)
     late = await old_rows(admin, BASE + 60_000_000, 30)
 
     async def followed() -> bool:
@@ -145,6 +148,19 @@ async def test_a_table_is_adopted_under_a_running_sidecar(loan_stand: Stand, htt
     held = await loan_stand.in_dynamodb()
     assert not {r.log_id for r in old} & set(held)
     assert {name: held[late[3].log_id][name] for name in to_dict(late[3])} == to_dict(late[3])
+
+    # History: named by validation, copied by the backfill, equal afterwards but for the dead letter.
+    nothing_left, divergent = await asyncio.gather(cli(one, "adopt", "--plan"), cli(one, "validate", "--all"))
+    assert nothing_left.returncode == 0, nothing_left.stdout
+    assert divergent.returncode == 1, divergent.stderr
+    assert "old_writer" in divergent.stdout
+    copied = await cli(one, "backfill", "--from", "postgres", "--to", "dynamodb", "--rate", "none")
+    assert copied.returncode == 0, copied.stderr + copied.stdout
+    everything = await loan_stand.in_dynamodb()
+    assert set(everything) == {r.log_id for r in (*old, *late)} | set(new) | {poison["log_id"]}
+    after = json.loads((await cli(one, "validate", "--all")).stdout)
+    assert [(d["log_id"], d["reason"]) for d in after["examples"]] == [(poison["log_id"], "dead_letter")]
+    assert after["differences"] == 1
 
     # The bounds are remembered: a start without the database keeps the door as narrow.
     one.terminate()
