@@ -275,7 +275,7 @@ async def twins(row, stand, without: str = "") -> None:
             def served() -> bool:
                 return '"ready"' in two.tail() or two.process.poll() is not None
 
-            await eventually(served, what="the second one")
+            await eventually(served, seconds=60, what="the second one")
             require("two", two.process.poll() != 3, f"the second must end with exit code 3: {two.process.poll()}")
             assert "in use by another sidecar" in two.tail()
         await client.acked(20)

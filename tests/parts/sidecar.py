@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,10 +20,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that nobody listens on now, below those that the kernel gives to outgoing connections.
+
+    A process that is started again needs its port back: one of the kernel's own may meanwhile be somebody's
+    connection, even that of a client which calls the absent process and reaches itself.
+    """
+    ports = random.SystemRandom()
+    while True:
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", ports.randrange(10_240, 32_000)))
+            except OSError:
+                continue
+            return int(s.getsockname()[1])
 
 
 async def eventually(check, *, seconds: float = 20.0, every: float = 0.02, what: str = "") -> Any:
