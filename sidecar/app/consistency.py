@@ -16,6 +16,7 @@ from sidecar.consistency import (
     FIRST_US,
     Fleet,
     Known,
+    Mirrored,
     Options,
     OwnSpool,
     Rules,
@@ -27,11 +28,12 @@ from sidecar.consistency import (
 )
 from sidecar.consistency.evidence import Validations
 from sidecar.consistency.late import LateWrites
+from sidecar.consistency.mirror import Mirror
 from sidecar.consistency.repair import Repair
 from sidecar.consistency.tail import LEASE_SECONDS, Tail
 from sidecar.errors import BadRequest, Busy, StoreError
 from sidecar.fleet.census import Census, Presence
-from sidecar.fleet_tables import FateLine, Heartbeat
+from sidecar.fleet_tables import Heartbeat
 from sidecar.gaps import GapLine
 from sidecar.metrics import Metrics
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
@@ -104,10 +106,13 @@ def build_repair(
     )
 
 
-def ask_the_fleet(
+def ask_others(
     stores: Mapping[StoreName, LedgeredStore], settings: Settings, instance: str | None, clock: Clock
-) -> Fleet:
-    """The other sidecars of the fleet's tables; ``instance`` is this one, which is asked better directly."""
+) -> Whereabouts:
+    """The fleet's tables: what became of refused records, and, in a fleet, what the other sidecars hold.
+
+    ``instance`` is this one, which is asked better directly.
+    """
     census = Census()
     tables = {name: store.fleet for name, store in stores.items()}
 
@@ -119,10 +124,10 @@ def ask_the_fleet(
         silent = [m.heartbeat.instance for m in others if m.presence is Presence.SILENT]
         return [m.heartbeat for m in others], silent
 
-    async def fates(log_ids: Sequence[str]) -> Sequence[FateLine]:
-        return [line for table in tables.values() for line in await table.fates(log_ids)]
-
-    return Fleet(heartbeats, fates, clock=clock, poll=min(1.0, settings.fleet.heartbeat / 2))
+    home = home_of(stores).fleet
+    if not settings.fleet.enabled:
+        return Mirrored(home.fates)
+    return Fleet(heartbeats, home.fates, clock=clock, poll=min(1.0, settings.fleet.heartbeat / 2))
 
 
 @dataclass(slots=True)
@@ -165,10 +170,9 @@ class ConsistencyService:
         self._clock = clock
         self._asked: asyncio.Task[Any] | None = None
         self._last = _Last()
-        own: Whereabouts = OwnSpool(spool, instance, clock)
-        if settings().fleet.enabled:
-            own = Together(ask_the_fleet(stores, settings(), instance, clock), own)
-        self._validator = build_validator(stores, own, settings, clock=clock)
+        others = ask_others(stores, settings(), instance, clock)
+        asked = Together(others, OwnSpool(spool, instance, clock))
+        self._validator = build_validator(stores, asked, settings, clock=clock)
         self._ledger: ValidationLedger = home_of(stores).verdicts
         self.evidence = Validations(self._ledger, clock)
         self.late = LateWrites(self._ledger, clock)
@@ -183,6 +187,7 @@ class ConsistencyService:
             clock=clock,
             by=instance,
         )
+        self._mirror = Mirror(spool, fleet, due=self._due, instance=instance, clock=clock)
         spool.on_accepted = self.late.accepted
         self._observe(metrics)
 
@@ -199,7 +204,12 @@ class ConsistencyService:
 
     def tasks(self) -> Sequence[tuple[str, Callable[[], Awaitable[None]]]]:
         """What has to run beside: name and what to run until it is cancelled."""
-        return ("validation", self.tail.run), ("late writes", self._note), ("verdicts", self._refresh)
+        return (
+            ("validation", self.tail.run),
+            ("late writes", self._note),
+            ("verdicts", self._refresh),
+            ("fates", self._mirror.run),
+        )
 
     async def _refresh(self) -> None:
         """What other instances and commands found is in the metrics of all: whoever is scraped says the same."""

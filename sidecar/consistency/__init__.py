@@ -8,7 +8,7 @@ from sidecar.consistency.explain import Known, Rules, Whereabouts
 from sidecar.consistency.report import document
 from sidecar.consistency.types import DIVERGENT, EXPECTED, FIRST_US, UNDECIDED, Difference, Reason, Settled, Window
 from sidecar.consistency.validator import Options, Progress, Validator
-from sidecar.consistency.whereabouts import Fleet, Nobody, OwnSpool, Together, fates_of_spool
+from sidecar.consistency.whereabouts import Fleet, Mirrored, Nobody, OwnSpool, Together, fates_of_spool
 
 __all__ = [
     "DIVERGENT",
@@ -18,6 +18,7 @@ __all__ = [
     "Difference",
     "Fleet",
     "Known",
+    "Mirrored",
     "Nobody",
     "Options",
     "OwnSpool",

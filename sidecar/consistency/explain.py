@@ -8,8 +8,9 @@ ORDER, and why a record in motion is never called missing:
    be found by the read that follows; one that is not is in flight whatever the read says.
 3. *read*: both stores by id. Equal, or gone from both: no difference. An id that stands under another log_timestamp in
    the other store is found here: one field_mismatch at PostgreSQL's time, not one missing and one extra.
-4. *again*: where not every sidecar could be asked, a difference that nothing explains is looked at until it has lasted
-   ``settle`` seconds since it was read; and one of a record younger than ``young`` seconds is in flight.
+4. *again*: a difference that nothing explains is looked at until it has lasted since it was read: ``settle`` seconds
+   where not every sidecar could be asked (and there one of a record younger than ``young`` seconds is in flight), else
+   the few in which another sidecar mirrors its dead letters.
 5. *gaps*: read last, because a gap is written before its records are given up. At most as many records of an hour are
    explained as the ledger says are missing in it; what is more than that is missing.
 
@@ -38,6 +39,7 @@ HOUR_US: Final = 3_600_000_000
 _AT_ONCE: Final = 8  # records read at a time
 _UNREADABLE: Final = "UnreadableAnswer"  # code of an answer, here an item, that is not what a sidecar writes
 _TASKS: Final = 256  # waiting for their turn to be read
+_MIRRORED: Final = 5.0  # seconds in which every dead letter of the fleet has a line
 _PAUSE: Final = 1.0  # seconds between two looks at what does not go away
 _COMPUTED: Final = re.compile("51deca70-[0-9a-f]{4}-8000-.*")  # ids computed from rows that no sidecar wrote
 
@@ -118,19 +120,42 @@ class Explainer:
         """What is left of candidates that were read by ``read_at`` (monotonic seconds), in their order."""
         if not candidates:
             return []
+        history, candidates = await self._of_history(candidates)
+        if not candidates:
+            return history
         self.settled = await patiently(lambda: self._whereabouts.settle(self._rules.settle), self._clock)
         found = await self._look(candidates)
-        if not self.settled.knows_all:
-            while True:
-                doubtful = {d.log_id for d in found if d.reason in DIVERGENT and d.reason is not Reason.DEAD_LETTER}
-                left = read_at + self._rules.settle - self._clock.monotonic()
-                if not doubtful or left <= 0:
-                    break
-                await self._clock.sleep(min(left, _PAUSE))
-                again = await self._look([c for c in candidates if c.log_id in doubtful])
-                anew = {d.log_id: d for d in again}
-                found = [anew.get(d.log_id, d) for d in found if d.log_id not in doubtful or d.log_id in anew]
-        return await self._expected(found)
+        lasts = min(self._rules.settle, _MIRRORED) if self.settled.knows_all else self._rules.settle
+        while True:
+            doubtful = {d.log_id for d in found if d.reason in DIVERGENT and d.reason is not Reason.DEAD_LETTER}
+            left = read_at + lasts - self._clock.monotonic()
+            if not doubtful or left <= 0:
+                break
+            await self._clock.sleep(min(left, _PAUSE))
+            again = await self._look([c for c in candidates if c.log_id in doubtful])
+            anew = {d.log_id: d for d in again}
+            found = [anew.get(d.log_id, d) for d in found if d.log_id not in doubtful or d.log_id in anew]
+        return [*history, *await self._expected(found)]
+
+    async def _of_history(self, candidates: Sequence[Candidate]) -> tuple[list[Difference], list[Candidate]]:
+        """What an open gap of kind ``history`` explains needs no look: there may be millions before a backfill."""
+        room: Counter[tuple[StoreName, int]] = Counter()
+        for line in summed(await patiently(self._gaps, self._clock)):
+            if line.kind == "history":
+                room[line.store, line.hour] += line.open
+        if not room:
+            return [], list(candidates)
+        room.subtract({key: used for key, used in self.used.items() if key in room})
+        explained, left = [], []
+        for each in candidates:
+            lacking = DYNAMODB if each.dynamo is None else POSTGRES if each.sql is None else None
+            if lacking is not None and room[key := (lacking, each.log_timestamp // HOUR_US)] > 0:
+                room[key] -= 1
+                self.used[key] += 1
+                explained.append(Difference(each.log_id, each.log_timestamp, Reason.EXPECTED_GAP))
+            else:
+                left.append(each)
+        return explained, left
 
     async def _look(self, candidates: Sequence[Candidate]) -> list[Difference]:
         found = [Difference(c.log_id, c.log_timestamp, Reason.EXPIRED) for c in candidates if self._expired(c)]

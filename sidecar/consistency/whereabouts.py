@@ -18,6 +18,7 @@ from sidecar.fleet_tables import FateLine, Heartbeat
 from sidecar.phase import STORES, StoreName
 from sidecar.spool import Counters, view
 
+_AT_ONCE: Final = 500  # ids in one question to the tables
 _POLL: Final = 0.1  # seconds between two looks at the own spool
 _T = TypeVar("_T")
 
@@ -95,6 +96,30 @@ async def fates_of_spool(spool: SpoolPort, log_ids: Sequence[str]) -> dict[str, 
     return found
 
 
+Fates = Callable[[Sequence[str]], Awaitable[Iterable[FateLine]]]
+"""The mirrored lines of these records. Raises StoreError."""
+
+
+class Mirrored:
+    """Lines that sidecars wrote of records that a store refused (``sidecar.consistency.mirror``)."""
+
+    def __init__(self, fates: Fates) -> None:
+        self._fates = fates
+
+    async def settle(self, patience: float) -> Settled:  # noqa: ARG002  (the port's signature)
+        """Nothing to wait for."""
+        return Settled()
+
+    async def fates(self, log_ids: Sequence[str]) -> Mapping[str, Mapping[StoreName, Known]]:
+        """Dead letters and discards; a line of a redriven one says nothing."""
+        found: dict[str, dict[StoreName, Known]] = {}
+        for start in range(0, len(log_ids), _AT_ONCE):
+            for line in await self._fates(log_ids[start : start + _AT_ONCE]):
+                if line.state != "redriven":
+                    found.setdefault(line.log_id, {})[line.store] = Known(line.state, line.retry_class)
+        return found
+
+
 class Fleet:
     """The other sidecars, by the fleet's tables.
 
@@ -108,13 +133,13 @@ class Fleet:
     def __init__(
         self,
         heartbeats: Callable[[], Awaitable[tuple[Sequence[Heartbeat], Sequence[str]]]],
-        fates: Callable[[Sequence[str]], Awaitable[Iterable[FateLine]]],
+        fates: Fates,
         *,
         clock: Clock,
         poll: float = 1.0,
     ) -> None:
         self._heartbeats = heartbeats
-        self._fates = fates
+        self._mirrored = Mirrored(fates)
         self._clock = clock
         self._poll = poll
 
@@ -160,12 +185,8 @@ class Fleet:
             rows, silent = await self._heartbeats()
 
     async def fates(self, log_ids: Sequence[str]) -> Mapping[str, Mapping[StoreName, Known]]:
-        """Dead letters and discards, mirrored; a line of a redriven one says nothing."""
-        found: dict[str, dict[StoreName, Known]] = {}
-        for line in await self._fates(log_ids):
-            if line.state != "redriven":
-                found.setdefault(line.log_id, {})[line.store] = Known(line.state, line.retry_class)
-        return found
+        """See Mirrored."""
+        return await self._mirrored.fates(log_ids)
 
 
 class Together:

@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgspec
 
 from sidecar.api.consistency import parse_bound
-from sidecar.app.consistency import ask_the_fleet, build_repair, build_validator, home_of
+from sidecar.app.consistency import ask_others, build_repair, build_validator, home_of
 from sidecar.app.delivery import build_stores
 from sidecar.clock import Clock, SystemClock
 from sidecar.config import load
@@ -167,16 +167,14 @@ class _Job:
         self._bar.show(done, None if total is None else max(0, total - done), f"{progress.differences} differences")
 
     def _whereabouts(self) -> Whereabouts:
-        asked: list[Whereabouts] = []
-        if self.settings.fleet.enabled:
-            asked.append(ask_the_fleet(self.stores, self.settings, None, self.clock))
+        asked = [ask_others(self.stores, self.settings, None, self.clock)]
         client = client_of(self._args, self.settings)
         directory = Path(self.settings.spool.directory)
         if listens(client):
             asked.append(OfSidecar(client, self.clock))
         elif (directory / disk.DATABASE).exists():
             asked.append(OfFiles(directory))
-        if not asked:
+        elif not self.settings.fleet.enabled:
             asked.append(Nobody())
         return Together(*asked)
 

@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
+from uuid import UUID
 from zlib import crc32
 
 from sidecar.spool import framing, leftovers, progress, schema
@@ -265,3 +266,23 @@ def _sought_leftovers(connection: sqlite3.Connection, log_ids: Sequence[bytes]) 
         rows = connection.execute(f"{query} ORDER BY key", part).fetchall()
         found += [Sought(log_id, store, _STATES[state], kind) for log_id, store, state, kind in rows]
     return found
+
+
+class Refused(NamedTuple):
+    """A dead or discarded record: identity and class, no body."""
+
+    log_id: str
+    store: str
+    fate: Fate
+    retry_class: str
+
+
+def refused(connection: sqlite3.Connection, after: int) -> tuple[list[Refused], int | None]:
+    """The next dead and discarded records behind a key; where to go on. Those refused at the door have no id."""
+    query = (
+        "SELECT key, log_id, store, state, retry_class FROM leftovers"
+        f" WHERE state IN (?, ?) AND key > ? AND log_id IS NOT NULL ORDER BY key LIMIT {_HEADERS}"
+    )
+    rows = connection.execute(query, (schema.DEAD, schema.DISCARDED, after)).fetchall()
+    found = [Refused(str(UUID(bytes=log_id)), store, _STATES[state], kind) for _, log_id, store, state, kind in rows]
+    return found, rows[-1][0] if len(rows) == _HEADERS else None

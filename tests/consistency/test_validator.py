@@ -191,6 +191,23 @@ async def test_open_gaps_explain_as_many_records_of_an_hour_as_they_count_and_no
     assert line.reasons == {"missing_in_dynamo": 4, "missing_in_sql": 1}
 
 
+async def test_a_gap_of_history_explains_without_a_look_and_no_more_than_it_counts():
+    """Millions before a backfill cost no read each; one more than the ledger knows is looked at, and missing."""
+    stand, _ = await one_missing(log_timestamp=BASE)
+    harm_memory(stand.stores["dynamodb"], [("delete", record(n)) for n in range(4)])
+    stand.lines = [GapLine(store="dynamodb", kind="history", hour=HOUR, source="fleet", opened=4)]
+    looked, get = [], stand.stores["dynamodb"].get
+
+    async def counted(wanted):
+        looked.append(wanted)
+        return await get(wanted)
+
+    stand.stores["dynamodb"].get = counted
+    line = await stand.run()
+    assert line.reasons == {"expected_gap": 4, "missing_in_dynamo": 1}
+    assert len(set(looked)) == 1
+
+
 async def test_what_retention_removed_is_expired_and_one_microsecond_later_is_missing():
     """The bound is exact, and of the store that lacks the record."""
     stand, _ = await one_missing(log_timestamp=BASE + 100)

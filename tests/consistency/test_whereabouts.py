@@ -6,13 +6,15 @@ import pytest
 
 from sidecar.clock import SystemClock
 from sidecar.consistency import Fleet, Known, Nobody, OwnSpool, Settled, Together, fates_of_spool
+from sidecar.consistency.mirror import Mirror
+from sidecar.errors import RetryClass, StoreError
 from sidecar.fleet_tables import FateLine, Heartbeat
 from sidecar.phase import DYNAMODB, POSTGRES, STORES
 from sidecar.record import encode
 from sidecar.settings import MIB, Dedup
 from sidecar.settings import Spool as SpoolSettings
 from sidecar.spool import Leftover, Obligation, Spool, view
-from tests.consistency.stand import Told
+from tests.consistency.stand import ConsistencyStand, Told
 from tests.parts.reads import PausableClock
 from tests.stores.records import record
 
@@ -178,3 +180,72 @@ async def test_nobody_says_so_in_the_report():
     """A job beside no sidecar knows nothing, and warns of it."""
     assert (await Nobody().settle(5.0)).warnings
     assert not (await Nobody().settle(5.0)).knows_all
+
+
+# --- the mirror ------------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """The tables, as they keep lines; ``broken`` makes them refuse."""
+
+    def __init__(self):
+        self.lines = {}
+        self.calls = 0
+        self.broken = False
+
+    async def put_fates(self, lines):
+        self.calls += 1
+        if self.broken:
+            raise StoreError("dynamodb", RetryClass.TRANSIENT, "away")
+        for line in lines:
+            known = self.lines.get(line.key)
+            if known is None or known.revision < line.revision:
+                self.lines[line.key] = line
+
+    def states(self):
+        return {(line.log_id, line.store): line.state for line in self.lines.values()}
+
+
+async def test_every_dead_letter_and_discard_has_a_line_and_what_is_redriven_says_so(spool):
+    """Written once, again only where something changed; a failure writes it the next time; no payload anywhere."""
+    tables = Kept()
+    mirror = Mirror(spool, tables, due=lambda: True, instance="pod-1", clock=SystemClock())
+    assert await mirror.step() == 0
+    ids = await append(spool, 1, 2, 3)
+    (frame,) = await spool.cursor(DYNAMODB).take(1000, MIB)
+    dead = [Leftover(n, "dead_letter", kind, "refused") for n, kind in enumerate(("permanent", "conflict", "unknown"))]
+    spool.cursor(DYNAMODB).settle(frame, dead)
+    tables.broken = True
+    with pytest.raises(StoreError):
+        await mirror.step()
+    tables.broken = False
+    assert await mirror.step() == 3
+    assert tables.states() == {(i, DYNAMODB): "dead_lettered" for i in ids}
+    calls = tables.calls
+    assert await mirror.step() == 0
+    assert tables.calls == calls
+    await spool.discard(store=DYNAMODB, retry_class="permanent", who="a test", reason="worth nothing")
+    await spool.redrive(store=DYNAMODB, retry_class="unknown")
+    assert await mirror.step() == 2
+    assert [tables.states()[i, DYNAMODB] for i in ids] == ["discarded", "dead_lettered", "redriven"]
+    assert {line.by for line in tables.lines.values()} == {"pod-1"}
+    again = Mirror(spool, tables, due=lambda: True, instance="pod-1", clock=SystemClock())
+    assert await again.step() == 2  # a restart writes what it finds
+
+
+async def test_another_sidecars_line_explains_and_is_awaited_for_a_moment():
+    """Its dead letter is on its way into the tables when the record is found missing."""
+    told = Told()
+    told.settled = Settled(asked=("a", "b"), knows_all=True)
+    stand = ConsistencyStand(whereabouts=told)
+    await stand.write([record(1)], POSTGRES)
+    began, whole = stand.clock.monotonic(), told.fates
+
+    async def fates(log_ids):
+        if stand.clock.monotonic() - began > 2.0:
+            told.known = {record(1).log_id: {DYNAMODB: Known("dead_lettered", "permanent")}}
+        return await whole(log_ids)
+
+    told.fates = fates
+    await stand.run()
+    assert stand.found() == {record(1).log_id: "dead_letter"}

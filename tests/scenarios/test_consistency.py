@@ -14,7 +14,7 @@ import pytest
 from tests.parts import oracle
 from tests.parts.fault_proxy import Refuse
 from tests.parts.sidecar import eventually
-from tests.scenarios.test_operator import TOKEN, _as_process, controlled
+from tests.scenarios.test_operator import TOKEN, _as_process, controlled, forbid
 from tests.scenarios.test_reads import get, old, sql
 from tests.scenarios.test_write_path import post
 
@@ -244,3 +244,26 @@ async def test_values_are_shown_to_who_has_the_token_and_only_after_it_was_audit
         text = await answer.text()
     assert 'sidecar_divergence_at_rest_records{class="field_mismatch"} 1.0' in text
     assert "CANARY" not in json.dumps(known) + text + sidecar.log.read_text()
+
+
+async def test_another_pods_dead_letter_and_discard_explain_a_record_that_a_store_lacks(stand, http):
+    """Through the tables: divergent as dead_letter, clean once an operator has given it up, also after its restart."""
+    one, two = controlled(stand, "one", validation=FAST), controlled(stand, "two", validation=FAST)
+    for sidecar in (one, two):
+        await sidecar.start()
+    await forbid(stand, "poison")
+    (log_id,) = (await post(http, two, [old(service_name="poison")]))["log_ids"]
+    await two.drained()
+
+    async def reports(outcome, reason):
+        _, report, _ = await get(http, one, DAY)
+        return (report["outcome"], report["reasons"][reason]) == (outcome, 1)
+
+    await eventually(lambda: reports("divergent", "dead_letter"), what="mirrored")
+    assert json.loads(await job(two, "dead-letter", "ls", "--json"))["log_id"] == log_id
+    await job(two, "dead-letter", "discard", "--id", log_id, "--why", "worth nothing")
+    await eventually(lambda: reports("clean", "acknowledged"), what="discarded")
+    two.terminate()
+    await two.exit_code()
+    await two.start()
+    assert await reports("clean", "acknowledged")
