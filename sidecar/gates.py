@@ -220,19 +220,20 @@ def _nothing_pending(store: StoreName) -> Look:
     return look
 
 
-async def _nobody_stranded(sources: Sources) -> Answer:
-    """Records that only one store is owed, on the volume of an instance that is gone: nobody can see them."""
-    left = [
-        f"{report.instance}: {sum(report.pending.values())} pending"
-        for report in sources.reports()
-        if not report.works and any(report.pending.values()) and report.phase is not None
-        if POSTGRES not in TABLE[report.phase].owed
-    ]
-    return (
-        not left,
-        _some(left) or "none",
-        "no instance that is gone with records that PostgreSQL is not owed: start it again, or `sidecar drain`",
-    )
+def _nobody_stranded(store: StoreName) -> Look:
+    """Records that the store is not owed, on the volume of an instance that is gone: no ledger has them yet."""
+
+    async def look(sources: Sources) -> Answer:
+        left = [
+            f"{report.instance}: {sum(report.pending.values())} pending"
+            for report in sources.reports()
+            if not report.works and any(report.pending.values()) and report.phase is not None
+            if store not in TABLE[report.phase].owed
+        ]
+        required = f"no instance gone with records that {store} is not owed: start it again, or `sidecar drain`"
+        return not left, _some(left) or "none", required
+
+    return look
 
 
 def _no_dead_letters(store: StoreName) -> Look:
@@ -342,6 +343,7 @@ STEPS: Final[Mapping[Step, tuple[Rule, ...]]] = MappingProxyType(
         ),
         (Phase.DUAL_WRITE, Phase.DUAL_WRITE_READ_DYNAMO): (
             Rule("no_open_gap", _no_gap(DYNAMODB)),
+            Rule("nobody_stranded", _nobody_stranded(DYNAMODB)),
             Rule("days_validated", _days),
             Rule("tail_validated", _tail),
             Rule("lag", _lag),
@@ -360,7 +362,7 @@ STEPS: Final[Mapping[Step, tuple[Rule, ...]]] = MappingProxyType(
         (Phase.DYNAMO_ONLY, Phase.DUAL_WRITE_READ_DYNAMO): (Rule("postgres_reachable", _reachable),),
         (Phase.DUAL_WRITE_READ_DYNAMO, Phase.DUAL_WRITE): (
             Rule("no_open_gap", _no_gap(POSTGRES)),
-            Rule("nobody_stranded", _nobody_stranded),
+            Rule("nobody_stranded", _nobody_stranded(POSTGRES)),
         ),
         (Phase.DUAL_WRITE, Phase.SQL_ONLY): (),
     }

@@ -30,7 +30,7 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -110,6 +110,7 @@ class Kept(msgspec.Struct):
     name: str
     campaign: int
     opened: dict[int, int]  # UTC hour -> what the ledger says
+    instance: str = ""  # that began to count: part of the source, whoever goes on with this spool
 
 
 @dataclass(slots=True)
@@ -134,8 +135,12 @@ class NotOwed:
         undecided: Callable[[Sequence[LogRecord], Policy], Awaitable[object]],
         instance: str,
         clock: Clock,
+        deciding: Callable[[Policy], Iterable[StoreName]] = lambda policy: (AUTHORITY[policy.phase],),
     ) -> None:
-        """``undecided`` owes records once more (``Obligations.undecided``)."""
+        """``undecided`` owes records once more (``Obligations.undecided``).
+
+        ``deciding`` are the stores whose ledgers a phase's gates ask, besides the one that is shipped to.
+        """
         self.spool = spool
         self.uses = uses
         self.undecided = undecided
@@ -143,6 +148,7 @@ class NotOwed:
         self.trouble: dict[StoreName, str] = {}  # by store that is shipped to: why its records wait for a line
         self._ledgers = ledgers
         self._instance = instance
+        self._deciding = deciding
         self._counts: dict[StoreName, _Count] = {}
 
     async def open(self, shipping_to: StoreName, frames: Sequence[Frame], policy: Policy) -> None:
@@ -175,22 +181,22 @@ class NotOwed:
             short = [hour for hour, n in wanted.items() if count.used[hour] + n > count.kept.opened.get(hour, 0)]
             if short:
                 if len(count.kept.opened) + len(short) > _CAMPAIGN_HOURS:
-                    count.kept = Kept(count.kept.name, count.kept.campaign + 1, {})
+                    count.kept = Kept(count.kept.name, count.kept.campaign + 1, {}, self._instance)
                     count.used = Counter()
                     short = list(wanted)
                 opened = dict(count.kept.opened)
                 for hour in short:
                     needed = count.used[hour] + wanted[hour]
                     opened[hour] = needed if closing else needed + needed // _AHEAD
-                kept = Kept(count.kept.name, count.kept.campaign, opened)
+                kept = Kept(count.kept.name, count.kept.campaign, opened, count.kept.instance)
                 await self.spool.set_meta(_key(missing), msgspec.json.encode(kept).decode())
-                for keeper in sorted({shipping_to, AUTHORITY[policy.phase]}):
+                for keeper in sorted({shipping_to, *self._deciding(policy)}):
                     await self._ledgers[keeper].put_gaps(self._lines(missing, kept, short))
                 count.kept = kept
             count.used += wanted
 
     def _lines(self, missing: StoreName, kept: Kept, hours: Sequence[int] | dict[int, int]) -> list[GapLine]:
-        source = f"{self._instance}/{kept.name}/{kept.campaign}"
+        source = f"{kept.instance}/{kept.name}/{kept.campaign}"
         return [
             GapLine(store=missing, kind="not_owed", hour=hour, source=source, opened=kept.opened[hour])
             for hour in sorted(hours)
@@ -200,7 +206,11 @@ class NotOwed:
         count = self._counts.get(missing)
         if count is None:
             value = self.spool.meta(_key(missing))
-            kept = Kept(secrets.token_hex(4), 0, {}) if value is None else msgspec.json.decode(value, type=Kept)
+            kept = (
+                Kept(secrets.token_hex(4), 0, {}, self._instance)
+                if value is None
+                else msgspec.json.decode(value, type=Kept)
+            )
             count = self._counts[missing] = _Count(kept, Counter(kept.opened))
         return count
 

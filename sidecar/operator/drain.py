@@ -4,6 +4,9 @@ For a volume, or a copy of a directory, whose pod is gone. It takes the spool's 
 as any start does, accepts nothing, and delivers what is owed by what was stamped at accept: the configuration's phase
 plays no part. Orders (pause, rate) that the spool remembers were about the pod: they are named and not obeyed.
 
+Records that were accepted for one store alone are in the gap ledger before they are delivered, as with ``serve``: under
+the name that the pod counted by, in the ledger of the store that they go to.
+
 ``undecided`` records (of an instance that was fenced) are owed to nobody yet; ``--phase`` decides it, once.
 
 It ends with 0 when nothing is pending and no store has a dead letter; then the directory may be deleted. It ends with 1
@@ -15,7 +18,9 @@ import argparse
 import asyncio
 import os
 import signal
+import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -24,14 +29,17 @@ from prometheus_client import CollectorRegistry
 
 from sidecar import jsonlog
 from sidecar.app.delivery import Delivery, build_delivery, build_stores
+from sidecar.app.phases import Steady
 from sidecar.app.supervise import keep_running
 from sidecar.clock import Clock, SystemClock
 from sidecar.config import load
 from sidecar.errors import SpoolFailed
 from sidecar.metrics import Metrics
+from sidecar.not_owed import Accounted, NotOwed
+from sidecar.obligations import Obligations
 from sidecar.operator.access import require_spool
 from sidecar.operator.progress import Progress
-from sidecar.phase import STORES, TABLE, parse_phase
+from sidecar.phase import STORES, TABLE, Phase, parse_phase
 from sidecar.retry import State
 from sidecar.settings import Settings
 from sidecar.spool import Obligation, Spool
@@ -39,6 +47,7 @@ from sidecar.spool import Obligation, Spool
 _POLL: Final = 0.05  # seconds
 _EXIT_LEFT: Final = 1
 _INTERRUPTED: Final = 130
+_ANY: Final = TABLE[Phase.DUAL_WRITE]  # a drain knows no phase: one in which gaps may be closed, so lines are exact
 
 
 async def drain(args: argparse.Namespace) -> int:
@@ -77,8 +86,17 @@ class _Drain:
         self._clock = clock
         self._stores = build_stores(settings, clock)
         self._metrics = Metrics(CollectorRegistry())
+        not_owed = NotOwed(
+            spool,
+            ledgers={name: store.gap_ledger for name, store in self._stores.items()},
+            uses=lambda: nullcontext(Steady(_ANY)),
+            undecided=Obligations(spool).undecided,
+            instance=settings.instance or socket.gethostname(),
+            clock=clock,
+            deciding=lambda _policy: (),
+        )
         self._delivery: Delivery = build_delivery(
-            self._stores, spool, lambda: settings, clock=clock, metrics=self._metrics
+            self._stores, spool, lambda: settings, clock=clock, metrics=self._metrics, source=Accounted(not_owed)
         )
         self._progress = Progress("delivered")
         self._stopped: int | None = None

@@ -198,6 +198,7 @@ CASES: list[tuple[str, Phase, Phase, Callable[[World], object]]] = [
     ("no_open_gap", READ, DUAL, lambda w: w.ledgers[POSTGRES].lines.append(line(POSTGRES, "not_owed", 5))),
     ("no_open_gap", READ, DUAL, lambda w: w.ledgers[DYNAMODB].lines.append(line(POSTGRES, "not_owed", 5))),
     ("nobody_stranded", READ, DUAL, lambda w: gone(w, DYNAMO, dynamodb=2)),
+    ("nobody_stranded", DUAL, READ, lambda w: gone(w, SQL, postgres=2)),
 ]
 
 

@@ -69,6 +69,7 @@ class Stand:
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
         self.clock = Quick()
+        self.instance = "a"
         self.ledgers = {store: Ledger(store, self.clock) for store in STORES}
         self.policy: Policy | None = TABLE[Phase.SQL_ONLY]
         self.uses: list[Use] = []
@@ -82,7 +83,7 @@ class Stand:
             ledgers=self.ledgers,
             uses=self._use,
             undecided=self.obligations.undecided,
-            instance="a",
+            instance=self.instance,
             clock=self.clock,
         )
         self.source = Accounted(self.not_owed)
@@ -223,6 +224,17 @@ async def test_after_a_restart_the_count_goes_on_where_it_was(stand):
     stand.source.cursor(POSTGRES).settle(await stand.take())
     (line,) = await stand.ledgers[POSTGRES].gaps()
     assert 51 <= line.opened <= 62
+
+
+async def test_whoever_goes_on_with_a_spool_counts_under_its_first_name(stand):
+    """A drain on another machine adds to the pod's line instead of counting beside it."""
+    await stand.accept(50)
+    stand.source.cursor(POSTGRES).settle(await stand.take())
+    stand.instance = "elsewhere"
+    stand.fresh()
+    await stand.accept(30)
+    await stand.take()
+    assert len(await stand.ledgers[POSTGRES].gaps()) == 1
 
 
 async def test_lines_are_copied_to_the_ledger_that_the_next_phase_asks(stand):

@@ -73,7 +73,7 @@ class Operator:
 
 
 async def test_a_fleet_walks_to_the_end_and_back_on_evidence_alone(stand, http, tmp_path: Path):
-    """0 to 3 and back to 0 by the API: each step waits for its gates, and nothing acknowledged is missing in the end."""
+    """0 to 3 and back to 0: each step waits for its gates, and nothing acknowledged is missing in the end."""
     token = tmp_path / "token"
     token.write_text(TOKEN)
     sidecar = await stand.sidecar(
@@ -101,17 +101,20 @@ async def test_a_fleet_walks_to_the_end_and_back_on_evidence_alone(stand, http, 
 
     status, plan = await operator.ask("enable-dual-write?dry_run=true")
     assert (status, plan["green"], await operator.phase()) == (200, True, "sql_only")
+    assert "ok  canary" in await operator.run("phase", "plan", "dual_write")
     status, answer = await operator.ask("enable-dual-write", {"reason": "change 1"})
     assert (status, answer["applied"]) == (200, True), answer
     sent += await operator.send()
 
     await sidecar.drained()
     assert await operator.refused_by("switch-to-dynamo-reads") == {"no_open_gap", "days_validated", "tail_validated"}
+    step = ("dual_write_read_dynamo", "--why", "change 2")
+    await operator.run("phase", "set", *step, code=2)
+    assert "RED no_open_gap: " in await operator.run("phase", "plan", step[0], code=1)
     await operator.run("backfill", "--from", "postgres", "--to", "dynamodb")
     await operator.run("validate", "--all")
-    status, answer = await operator.ask("switch-to-dynamo-reads")
-    assert status in (200, 202), answer
-    await operator.reaches("dual_write_read_dynamo")
+    await operator.run("phase", "set", *step, "--wait", "20")
+    assert await operator.phase() == "dual_write_read_dynamo"
     sent += await operator.send()
 
     await sidecar.drained()
@@ -125,8 +128,7 @@ async def test_a_fleet_walks_to_the_end_and_back_on_evidence_alone(stand, http, 
     await sidecar.drained()
     assert not set(alone) & (await stand.in_postgres()).keys()
 
-    status, answer = await operator.ask("rollback", {"to": "dual_write", "reason": "change 2"})
-    assert status == 202, answer
+    await operator.run("phase", "rollback", "--to", "dual_write", "--why", "change 3", code=1)
     await operator.reaches("dual_write_read_dynamo")
     again = await operator.send()
 
@@ -134,11 +136,15 @@ async def test_a_fleet_walks_to_the_end_and_back_on_evidence_alone(stand, http, 
         return "no_open_gap" in [hold["gate"] for hold in (await sidecar.json("/api/migration"))["holds"]]
 
     await eventually(held, what="held by the gap of PostgreSQL")
+    assert "held by   no_open_gap: " in await operator.run("phase", "show", code=1)
     await operator.run("backfill", "--from", "dynamodb", "--to", "postgres")
     await operator.reaches("dual_write")
     status, answer = await operator.ask("rollback")
     assert status in (200, 202), answer
     await operator.reaches("sql_only")
+    await operator.run("phase", "show")
+    fleet = json.loads(await operator.run("fleet", "--json"))
+    assert [(i["state"], i["phase"]) for i in fleet["instances"]] == [("live", "sql_only")]
 
     await sidecar.drained()
     everything = [*sent, *alone, *again]
@@ -150,4 +156,7 @@ async def test_a_fleet_walks_to_the_end_and_back_on_evidence_alone(stand, http, 
     walk = [*way, *way[-2::-1]]
     assert steps == list(pairwise(walk))
     assert {e["outcome"] for e in history} == {"intended", "done", "refused"}
-    assert any("change 2" in e["why"] for e in history), json.dumps(history)[:2000]
+    assert {"change 1", "change 2", "change 3"} <= {e["why"] for e in history}
+    assert all(
+        e["evidence"] for e in history if e["action"] == "step" and e["to"] != "sql_only" and e["outcome"] != "done"
+    )
