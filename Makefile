@@ -39,7 +39,7 @@ faults: $(STAMP)  ## the fault matrix with the long counts (ROWS=f3_ for one row
 ci-integration: $(STAMP)  ## real clients, a real browser, the rollout's real tools; root; at most 6 minutes
 	@PYTHON='$(PYTHON)' .ci/venv '$(VENV)' '.[k8s,page]'
 	set -e; for each in tests/integration/*/install; do PYTHON='$(PYTHON)' $$each; done
-	$(BIN)/pytest tests/integration -n $(WORKERS) --dist loadfile $(INTEGRATION)
+	$(BIN)/pytest tests/integration -p no:schemathesis -n $(WORKERS) --dist loadfile $(INTEGRATION)
 
 bench: $(STAMP)  ## the sidecar beside the naive baselines (BENCH="--quick")
 	$(BIN)/python -m benchmarks.run $(BENCH)

@@ -76,6 +76,10 @@ class Pod(Sidecar):
             "AWS_SECRET_ACCESS_KEY": "test",
         }
 
+    async def ready(self, seconds: float = 90.0) -> None:
+        """As every sidecar, with more patience: several of them start at once here."""
+        await super().ready(seconds)
+
     def configure(self, **changes: Any) -> None:
         """Nothing is written but by :meth:`apply`."""
 

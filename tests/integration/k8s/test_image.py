@@ -19,6 +19,7 @@ from tests.integration.k8s.tools import ROOT, TOOLS, run, tool
 from tests.parts.sidecar import free_port
 
 UID = 10001
+pytestmark = pytest.mark.timeout(420)  # seconds; the first test builds the image, half a minute on an idle machine
 
 
 def test_hadolint_finds_nothing():
