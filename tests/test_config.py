@@ -420,9 +420,7 @@ def test_printed_configuration_reads_back():
     text += "\nretry: {delay: 1.2345678}"
     settings = read(text, A="b").settings
     assert read(render(settings)).settings == settings
-    assert set(re.findall(r"^ *(\w+):", render(Settings()), re.MULTILINE)) >= {
-        p.rpartition(".")[2] for p in FIELDS
-    }
+    assert set(re.findall(r"^ *(\w+):", render(Settings()), re.MULTILINE)) >= {p.rpartition(".")[2] for p in FIELDS}
 
 
 # --- the settings themselves

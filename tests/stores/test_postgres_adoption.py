@@ -211,6 +211,30 @@ class TestTheSpecificationsTable:
         numbers = {"application_id": int32, "processing_time_ms": int32, "status_code": (-999_999_999, 2**31 - 1)}
         assert told == [ColumnLimits(texts, numbers)]
 
+    async def test_everything_works_in_transactions_of_a_pooler(
+        self, specified: settings.Postgres, application: asyncpg.Connection
+    ) -> None:
+        """``pgbouncer: true`` and a server whose transactions keep their first snapshot: writes, reads, the tail."""
+        await application.execute(
+            f"""ALTER DATABASE "{specified.database}" SET default_transaction_isolation = 'repeatable read'"""
+        )
+        store = PostgresStore(msgspec.structs.replace(specified, pgbouncer=True), clock=SystemClock())
+        rows = store.old_rows
+        assert rows is not None
+        bound = await rows.begin(patience=5)
+        old = await old_rows(application, BASE, 5)
+        new = record(1, **CHECKED)
+        for _ in range(2):
+            assert not (await store.write([new, old[0]])).failures
+        assert await store.get(old[4].log_id) == old[4]
+        upto = await rows.advance(bound)
+        assert [r async for page in rows.rows(bound, upto) for r in page] == old
+        await rows.keep_copied(upto)
+        assert await rows.copied() == upto
+        assert await rows.old_writers() == await rows.old_writers()
+        assert await red(store) == {}
+        await store.close()
+
     async def test_a_status_that_is_no_number_is_read_as_null(
         self, specified_store: PostgresStore, application: asyncpg.Connection
     ) -> None:
@@ -354,6 +378,37 @@ class TestPlanAndApply:
             await store.create()
             assert await red(store) == {}
             await store.close()
+
+    async def test_partitions_of_partitions_and_awkward_names_are_adopted_too(
+        self, postgres_empty: settings.Postgres
+    ) -> None:
+        """Each level is attached to the one above; long names stay apart, quotes are quoted; no step comes twice."""
+        long, quoted = "p" * 62, '"it\'s ""quoted"""'
+        keyed = PARTITIONED.replace('("LogTimestamp", "LogId")', '("LogTimestamp", "IsSuccess", "LogId")')
+        await run(
+            postgres_empty,
+            keyed
+            + f"""
+            CREATE TABLE later PARTITION OF {RELATION} FOR VALUES FROM ('2026-03-01') TO ('2026-04-01')
+                PARTITION BY LIST ("IsSuccess");
+            CREATE TABLE "{long}1" PARTITION OF later FOR VALUES IN (true);
+            CREATE SCHEMA "Other";
+            CREATE TABLE "Other"."{long}2" PARTITION OF later FOR VALUES IN (false);
+            CREATE TABLE {quoted} PARTITION OF {RELATION} FOR VALUES FROM ('2026-04-01') TO ('2026-05-01')""",
+        )
+        adopted = msgspec.structs.replace(SPECIFIED, assume_zone="UTC")
+        store = PostgresStore(options(postgres_empty, adopted), clock=SystemClock())
+        assert (await store.adoption()).partitions == 6
+        done = [step.sql async for step in store.adopt()]
+        assert len(done) == len(set(done)) == 1 + 5 * (2 + 6 + 7)  # the key begins with the time, so no index of times
+        assert (await store.adoption()).steps == ()
+        await store.create()
+        assert await red(store) == {}
+        batch = [record(i, log_timestamp=BASE + i * 20 * DAY, is_success=i % 2 == 0) for i in range(6)]
+        for _ in range(2):
+            assert not (await store.write(batch)).failures
+        assert [e.log_id async for e in store.scan(BASE, BASE + 200 * DAY)] == [r.log_id for r in batch]
+        await store.close()
 
     async def test_the_specifications_table_needs_a_column_and_three_indexes(
         self, postgres_empty: settings.Postgres
