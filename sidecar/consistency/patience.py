@@ -6,8 +6,8 @@ from typing import Final, TypeVar
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
 
-TRIES: Final = 6
-_PAUSE: Final = 0.25  # seconds before the second try; doubles: eight seconds in all
+TRIES: Final = 4  # of one call: two seconds in all, so that whoever waits hears of a store that is down
+_PAUSE: Final = 0.25  # seconds before the second try; doubles
 PASSING: Final = frozenset({RetryClass.TRANSIENT, RetryClass.THROTTLE})
 _T = TypeVar("_T")
 

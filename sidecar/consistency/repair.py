@@ -21,7 +21,7 @@ from functools import partial
 from typing import Final, Protocol
 
 from sidecar.clock import Clock
-from sidecar.consistency.patience import PASSING, TRIES, patiently, pause
+from sidecar.consistency.patience import PASSING, patiently, pause
 from sidecar.consistency.types import Difference, Reason
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import DYNAMODB, POSTGRES, StoreName
@@ -31,6 +31,7 @@ from sidecar.verdicts import DAY_US, ValidationLedger
 
 INSERTED: Final = frozenset({Reason.MISSING_IN_SQL, Reason.MISSING_IN_DYNAMO, Reason.OLD_WRITER})
 """Reasons that inserting mends."""
+_TRIES: Final = 8  # of a batch of which some are throttled: half a minute
 _KEPT: Final = 100  # refusals named in the answer
 _OF_A_RECORD: Final = frozenset({RetryClass.PERMANENT, RetryClass.UNKNOWN})
 
@@ -154,7 +155,7 @@ class Repair:
             self.result.inserted[name] += len(batch) - len(refused)
             return
         rest = list(batch)
-        for attempt in range(TRIES):
+        for attempt in range(_TRIES):
             try:
                 done = await patiently(partial(store.fill, rest), self._clock)
             except StoreError as error:

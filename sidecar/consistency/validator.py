@@ -37,6 +37,7 @@ from sidecar.verdicts import DAY_US, EXAMPLES, DayVerdict, Outcome, RunLine, Val
 _STEP: Final = 4_096  # entries compared between two looks at the clock
 _CANDIDATES: Final = 32_768  # kept in memory before they are decided
 _EMPTY_DAYS: Final = 62  # the widest window, in days, in which days without a record get a verdict too
+_TRIES_OF_A_LONG_ONE: Final = 10  # of a run that has come somewhere: four minutes
 _STRETCH: Final = 60.0  # seconds after which candidates are decided and a checkpoint is kept
 
 
@@ -210,7 +211,7 @@ class _Run:
         found: Callable[[Sequence[Difference]], Awaitable[None]] | None,
     ) -> None:
         """Stretch by stretch to the end of the window; from the last checkpoint again after a passing failure."""
-        attempt = 0
+        attempt, began = 0, self.line.next_us
         while True:
             before = self.line
             self._load(explainer)
@@ -220,7 +221,8 @@ class _Run:
             except StoreError as error:
                 attempt = 0 if self._safe.next_us > before.next_us else attempt + 1
                 self.line = self._safe
-                if error.retry_class not in PASSING or attempt == TRIES:
+                tries = _TRIES_OF_A_LONG_ONE if self._safe.next_us > began else TRIES
+                if error.retry_class not in PASSING or attempt == tries:
                     raise
             await self._clock.sleep(pause(attempt))
         reasons = self.line.reasons
