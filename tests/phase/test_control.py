@@ -26,7 +26,10 @@ from sidecar.screening import Form
 from sidecar.settings import Fleet, Settings
 from sidecar.spool import Spool
 from tests.api.door import open_door
+from tests.parts.reads import ReadsStand
 from tests.spool.harness import spool_at
+from tests.stores.records import BASE, record
+from tests.test_reads_shadow import APPLICATION, batch, compared, running
 
 SQL, DUAL, READ, DYNAMO = Phase
 FLEET = Fleet(enabled=True, heartbeat=0.05, fence_after=0.5)
@@ -315,3 +318,19 @@ async def test_records_stamped_before_a_lapse_are_owed_once_more_before_the_answ
         door.intake._hold = lambda: nullcontext(Firm(Standing(TABLE[SQL])))
         await door.intake.accept(body, Form.JSON)
         assert await door.spool.resolve(obligation_of(TABLE[READ])) == 0
+
+
+# --- shadow reads ----------------------------------------------------------------------------------------------------
+
+
+async def test_gates_are_told_what_was_compared_and_what_nothing_explains():
+    """A match counts as compared, a missing record as unexplained too; what was not compared counts as neither."""
+    async with running(ReadsStand()) as reads:
+        await reads.write(batch())
+        await reads.reads.page(APPLICATION)
+        await compared(reads)
+        assert reads.shadow.totals() == {"compared": 1, "unexplained": 0}
+        await reads.write([record(9, log_timestamp=BASE)], POSTGRES)
+        await reads.reads.page(APPLICATION)
+        await compared(reads, 2)
+        assert reads.shadow.totals() == {"compared": 2, "unexplained": 1}
