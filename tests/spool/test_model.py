@@ -4,6 +4,9 @@ The model knows, per record and store, whether it is pending, deferred, dead, di
 every step the identity holds and the counters equal the model's. A crash is a copy of the files at a moment when
 nothing is under way; settlements that were not written down yet may be forgotten, which the model allows: such
 records are pending again. So the model remembers the last state that was surely on disk.
+
+What is on the disk without a flush may be lost in a crash: ``position`` may be as it was at any earlier moment since
+the start, and the log may end in the torn beginning of a commit that nobody was told of.
 """
 
 import asyncio
@@ -17,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from sidecar.spool import wal
 from tests.spool.harness import (
     BOTH,
     DUAL,
@@ -36,6 +40,7 @@ from tests.spool.harness import (
 )
 from tests.spool.harness import settings as spool_settings
 
+FRAME = 24 + 4096  # bytes of one frame of SQLite's log: its header and a page
 COUNTED = {
     "pending": ("pending", "deferred"),
     "delivered": ("delivered",),
@@ -98,6 +103,8 @@ class SpoolMachine(RuleBasedStateMachine):
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 20))
 
     def open(self) -> None:
+        self.positions = []
+
         async def opening():
             return open_spool(self.directory, settings=self.settings)
 
@@ -125,6 +132,7 @@ class SpoolMachine(RuleBasedStateMachine):
         self.run(put(self.spool, batch, obligation))
         for model in (self.model, self.durable):
             model.accept([r.log_id for r in batch], obligation)
+        self.positions.append((self.directory / "position").read_bytes())
 
     @rule(store=st.sampled_from(STORES), most=st.integers(1, 8))
     def take(self, store, most) -> None:
@@ -219,11 +227,26 @@ class SpoolMachine(RuleBasedStateMachine):
         self.open()
         assert not self.spool.recovery.unclean
 
-    @rule()
-    def crash(self) -> None:
+    @precondition(lambda self: any(self.taken.values()))
+    @rule(data=st.data())
+    def lose_the_answers(self, data) -> None:
+        """A store may have it or not, nobody knows: all that it held is handed out again."""
+        store = data.draw(st.sampled_from([s for s in STORES if self.taken[s]]))
+
+        async def take_back() -> None:
+            self.spool.take_back(store)
+
+        self.run(take_back())
+        self.taken[store] = []
+
+    @rule(data=st.data(), tail=st.sampled_from(["kept", "torn frame", "torn commit", "noise"]), older=st.booleans())
+    def crash(self, data, tail, older) -> None:
         """Settlements since the last sure moment may or may not be in the file; nothing else may differ."""
         self.lives += 1
         copied = crash_copy(self.directory, self.root / str(self.lives))
+        if older and self.positions:
+            (copied / "position").write_bytes(data.draw(st.sampled_from(self.positions)))
+        self.tear(copied / "spool.db-wal", tail)
         self.run(self.spool.close())
         shutil.rmtree(self.directory)
         self.directory = copied
@@ -236,6 +259,16 @@ class SpoolMachine(RuleBasedStateMachine):
                 if not kept:
                     self.model.fate[log_id, store] = self.durable.fate[log_id, store]
         self.saved()
+
+    def tear(self, log: Path, tail: str) -> None:
+        """Put behind the last commit what a write that was cut off leaves there."""
+        content = log.read_bytes()
+        frames = wal.walk(content).frames
+        if tail == "kept" or not frames:
+            return
+        end = frames[-1].at + 4096
+        torn = {"torn frame": content[end - FRAME : end - 1], "torn commit": content[end - FRAME : end], "noise": b"x"}
+        log.write_bytes(content[:end] + torn[tail] + content[end + len(torn[tail]) :])
 
     # --- what always holds -----------------------------------------------------------------------------------------
 
