@@ -10,7 +10,8 @@ Every method but ``put_gaps`` is one statement, so it happens wholly or not at a
   expected, one INSERT that does nothing on conflict. The second of two at once waits for the first and compares again;
 * heartbeats and fates are replaced only by a higher number; the trail's lines are inserted once and never touched;
 * a lease expires by the server's clock. It is free, too, when it runs longer than its holder asked for: then the
-  server's clock was set back, and nobody should wait for it to catch up.
+  server's clock was set back, and nobody should wait for it to catch up. Who sees that another holds it writes
+  nothing and locks nothing: every instance asks at every tick.
 
 A heartbeat is the only row that is ever deleted, and only as it was last seen: it says that a process lives, and the
 process is gone. Its table's pages are filled by half, so that a beat is written beside the last one and touches no
@@ -160,6 +161,8 @@ class PostgresFleet:
         self._take = (
             f"INSERT INTO {leases} AS l (name, holder, until, lasts) "
             "SELECT $1, $2, clock_timestamp() + make_interval(secs => $3), make_interval(secs => $3) "
+            f"WHERE NOT EXISTS (SELECT FROM {leases} h WHERE h.name = $1 AND h.holder <> $2 "
+            "AND h.until > clock_timestamp() AND h.until <= clock_timestamp() + h.lasts) "
             "ON CONFLICT (name) DO UPDATE SET holder = EXCLUDED.holder, until = EXCLUDED.until, lasts = EXCLUDED.lasts "
             "WHERE l.holder = EXCLUDED.holder OR l.until <= clock_timestamp() OR l.until > clock_timestamp() + l.lasts "
             "RETURNING 1"

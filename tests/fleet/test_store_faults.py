@@ -239,6 +239,20 @@ class TestPostgres:
         assert await fleet.acquire_lease("x", "b", 30.0)
         assert not await fleet.acquire_lease("x", "a", 30.0)
 
+    async def test_who_does_not_lead_writes_nothing_and_waits_for_no_lock(
+        self, postgres_store: PostgresStore, postgres_admin: asyncpg.Connection
+    ) -> None:
+        """Somebody has the row locked; a follower's look is answered all the same, and leaves no lock on it."""
+        fleet = postgres_store.fleet
+        await fleet.acquire_lease("x", "a", 30.0)
+        before = await postgres_admin.fetchval("SELECT xmax::text FROM integration_logs_leases")
+        async with postgres_admin.transaction():
+            await postgres_admin.execute("SELECT FROM integration_logs_leases FOR UPDATE")
+            assert not await fleet.acquire_lease("x", "b", 30.0)
+            marked = await postgres_admin.fetchval("SELECT xmax::text FROM integration_logs_leases")
+        assert not await fleet.acquire_lease("x", "b", 30.0)
+        assert await postgres_admin.fetchval("SELECT xmax::text FROM integration_logs_leases") == marked != before
+
     async def test_heartbeats_pass_while_the_table_of_records_is_locked(
         self, postgres_store: PostgresStore, postgres_admin: asyncpg.Connection
     ) -> None:
