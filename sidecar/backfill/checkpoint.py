@@ -121,6 +121,19 @@ class JobStore(Protocol):
         ...
 
 
+def parse(value: bytes) -> Checkpoint:
+    """What was kept. Raises StoreError: BLOCKED where it is no checkpoint."""
+    try:
+        return msgspec.json.decode(value, type=Checkpoint)
+    except msgspec.DecodeError:
+        raise StoreError(
+            DYNAMODB,
+            RetryClass.BLOCKED,
+            "a checkpoint in the fleet table is unreadable: run that shard with --restart",
+            "Checkpoint",
+        ) from None
+
+
 def holder() -> str:
     """This process."""
     return f"{socket.gethostname()}:{os.getpid()}"
@@ -156,20 +169,19 @@ class Keeper:
         self._version = 0
         self._unsure: bytes | None = None  # what was written and not answered
         self._writing = asyncio.Lock()
-        self._decoder = msgspec.json.Decoder(Checkpoint)
 
     async def take(self, run: str, *, dry: bool = False, restart: bool = False) -> Checkpoint:
         """The checkpoint of an unfinished run, or a new one; from now on it is ours.
 
         Raises:
-            StoreError: CONFLICT where another process is at work on it.
+            StoreError: CONFLICT where another process is at work on it; BLOCKED where it cannot be read.
         """
         found = await self._store.read(self._key)
-        old = None if found is None else self._decoder.decode(found[0])
+        old = None if found is None or restart else parse(found[0])
         self._version = 0 if found is None else found[1]
         if old is not None and old.holder and not _gone(old.holder):
             await self._watch(old.holder)
-        if old is None or restart or old.stage == "done":
+        if old is None or old.stage == "done":
             old = Checkpoint(run=run, dry=dry, started_us=self._clock.now_us())
         await self.save(old)
         return old
@@ -215,17 +227,26 @@ def _taken(why: str) -> StoreError:
     return StoreError(DYNAMODB, RetryClass.CONFLICT, f"this shard's checkpoint is not ours: {why}", "CheckpointTaken")
 
 
+def _orders(value: bytes) -> Orders:
+    try:
+        return msgspec.json.decode(value, type=Orders)
+    except msgspec.DecodeError:
+        raise StoreError(
+            DYNAMODB, RetryClass.BLOCKED, "the orders in the fleet table are unreadable: delete them", "Orders"
+        ) from None
+
+
 async def read_orders(store: JobStore) -> Orders:
     """What is ordered now. Raises StoreError."""
     found = await store.read(ORDERS)
-    return Orders() if found is None else msgspec.json.decode(found[0], type=Orders)
+    return Orders() if found is None else _orders(found[0])
 
 
 async def give_orders(store: JobStore, **changed: object) -> Orders:
     """Change some of the orders, whoever else does so at the same time. Raises StoreError."""
     while True:
         found = await store.read(ORDERS)
-        now = Orders() if found is None else msgspec.json.decode(found[0], type=Orders)
+        now = Orders() if found is None else _orders(found[0])
         wanted = msgspec.structs.replace(now, **changed)
         if await store.write(ORDERS, msgspec.json.encode(wanted), 0 if found is None else found[1]):
             return wanted

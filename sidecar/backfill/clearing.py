@@ -30,7 +30,7 @@ from typing import Final
 
 import msgspec
 
-from sidecar.backfill.checkpoint import Checkpoint, JobStore
+from sidecar.backfill.checkpoint import Checkpoint, JobStore, parse
 from sidecar.backfill.comparison import Validator, close
 from sidecar.backfill.job import END_US, FIRST_US
 from sidecar.clock import Clock
@@ -184,7 +184,7 @@ async def end_jobs(stand: Stand) -> None:
     for key, value in await stand.jobs.all("copy/"):
         if f">{DYNAMODB}/" not in key:
             continue
-        old = msgspec.json.decode(value, type=Checkpoint)
+        old = parse(value)
         ended = Checkpoint(
             run=old.run,
             stage="done",

@@ -9,9 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
-
-from sidecar.backfill.checkpoint import Checkpoint, JobStore
+from sidecar.backfill.checkpoint import Checkpoint, JobStore, parse
 from sidecar.evidence import CopyBack, Feasibility
 from sidecar.phase import POSTGRES, StoreName
 
@@ -47,7 +45,7 @@ async def families(store: JobStore, prefix: str) -> Sequence[Family]:
     """Every job whose key begins with ``prefix``. Raises StoreError."""
     grouped: dict[str, list[Checkpoint]] = defaultdict(list)
     for key, value in await store.all(prefix):
-        grouped[key.rpartition("/")[0]].append(msgspec.json.decode(value, type=Checkpoint))
+        grouped[key.rpartition("/")[0]].append(parse(value))
     return [Family(name, int(name.rpartition("/")[2]), found) for name, found in grouped.items()]
 
 

@@ -158,6 +158,15 @@ class TestCheckpoint:
         await keeper.save(seen)
         assert msgspec.json.decode(jobs.kept["k"][0], type=Checkpoint).copied == 5
 
+    async def test_a_checkpoint_that_is_none_blocks_and_a_restart_passes_over_it(self) -> None:
+        """Named, with what to do; nothing is guessed of how far a run came."""
+        jobs, time = Jobs(), Time()
+        jobs.kept["k"] = (b'{"run": 7', 3)
+        with pytest.raises(StoreError, match="--restart") as caught:
+            await Keeper(jobs, "k", time).take("one")
+        assert caught.value.retry_class is RetryClass.BLOCKED
+        assert (await Keeper(jobs, "k", time).take("one", restart=True)).run == "one"
+
     async def test_orders_change_one_by_one(self) -> None:
         """A rate stays while a pause comes and goes."""
         jobs = Jobs()

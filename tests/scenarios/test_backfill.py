@@ -304,7 +304,7 @@ async def test_what_dynamodb_would_refuse_is_told_before_anything_is_copied(
 
 
 async def test_live_writes_of_the_same_ids_are_never_overwritten(stand: Stand, make: Make, dynamo: TableServer) -> None:
-    """A sidecar delivers other content under every third id while the backfill copies: DynamoDB keeps the live one."""
+    """Other content arrives live under every third id while the backfill copies: DynamoDB keeps the live one."""
     batch = history(900, hours=6)
     await in_postgres(stand, batch)
     live = [record(i, log_timestamp=r.log_timestamp, user_id="live") for i, r in enumerate(batch) if i % 3 == 0]
