@@ -64,11 +64,14 @@ class Canary:
         return CanaryOutcome(store, _difference(record, found), self.clock.monotonic() - started)
 
     def _record(self) -> LogRecord:
-        """All thirteen fields, none at its default, and a payload that a parser would not give back."""
+        """A payload that a parser would not give back, and nothing that an adopted table's own rules may refuse.
+
+        No application (a foreign key), the default log_type (a CHECK), numbers that fit the smallest column.
+        """
         return LogRecord(
             log_id=str(uuid.uuid4()),
-            application_id=2**53 + 1,
-            log_type="CANARY",
+            application_id=None,
+            log_type="INFO",
             service_name=SERVICE,
             request_data=_PAYLOAD,
             response_data="",

@@ -41,12 +41,14 @@ class AloneControl:
         phase: Alone,
         gates: Sequence[Gate],
         *,
+        instance: str,
         spool: Spool,
         canary: TryCanary,
         settings: Callable[[], Settings],
         clock: Clock,
     ) -> None:
         self.authority: Literal["file", "api"] = settings().phase_authority
+        self._instance = instance
         self._canary = canary
         self._phase = phase
         self._gates = gates
@@ -74,7 +76,7 @@ class AloneControl:
         switch = self._phase.switch
         counters = {store: self._spool.counters(store) for store in STORES}
         me = {
-            "instance": "this one (fleet.enabled is false)",
+            "instance": self._instance,
             "state": "live",
             "phase": switch.policy.phase.label,
             "epoch": switch.applied.epoch,

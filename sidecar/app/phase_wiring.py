@@ -97,6 +97,7 @@ async def open_phase(
                 lambda: alone.policy.phase,
                 lambda: alone.switch.applied.history[-1].at_us if alone.switch.applied.history else None,
             ),
+            instance=instance,
             spool=spool,
             canary=canary,
             settings=settings,

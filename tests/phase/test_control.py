@@ -103,7 +103,13 @@ class Stand:
         clock = SystemClock()
         phase = await Alone.open(self.spool, lambda: self.settings, clock=clock, metrics=self.metrics)
         control = AloneControl(
-            phase, [self.gate], spool=self.spool, canary=self.canary, settings=lambda: self.settings, clock=clock
+            phase,
+            [self.gate],
+            instance="a",
+            spool=self.spool,
+            canary=self.canary,
+            settings=lambda: self.settings,
+            clock=clock,
         )
         return phase, control
 
@@ -277,6 +283,8 @@ async def test_alone_with_the_api_in_charge_the_file_moves_nothing(stand):
 async def test_alone_where_the_file_decides_a_request_changes_nothing(stand):
     """The answer is the command; a phase that is there already is applied."""
     _, control = await stand.alone(phase=SQL)
+    fleet = await control.fleet()
+    assert (fleet["enabled"], [(i["instance"], i["phase"]) for i in fleet["instances"]]) == (False, [("a", "sql_only")])
     asked = await control.request(Wanted(DUAL, "t", "w"), await control.plan(DUAL))
     assert (asked.applied, asked.patch is not None) == (False, True)
     asked = await control.request(Wanted(SQL, "t", "w"), await control.plan(SQL))

@@ -29,11 +29,13 @@ async def test_it_proves_both_stores_and_leaves_nothing(stores, postgres, dynamo
 
 
 async def test_a_rule_of_the_table_that_refuses_it_is_named(stores, postgres):
-    """The specification's own canary broke a CHECK constraint; this one says so, of that store alone."""
+    """The specification's own canary broke a CHECK constraint unseen; this one says so, of that store alone."""
     connection = await connect(postgres)
     try:
         table = f'"{postgres.schema}"."{postgres.table}"'
-        await connection.execute(f"ALTER TABLE {table} ADD CONSTRAINT ck_type CHECK (log_type <> 'CANARY')")
+        await connection.execute(
+            f"ALTER TABLE {table} ADD CONSTRAINT ck_type CHECK (service_name <> 'hybrid-log-sidecar.canary')"
+        )
         outcomes = {outcome.store: outcome.problem for outcome in await Canary(stores, SystemClock())()}
         await connection.execute(f"ALTER TABLE {table} DROP CONSTRAINT ck_type")
     finally:
