@@ -275,6 +275,13 @@ def no_admission() -> None:
     Admission.leave = lambda _self, _size: None  # type: ignore[method-assign]  (that is the sabotage)
 
 
+def no_directory_sync() -> None:
+    """Names of new files are left to the file system."""
+    from sidecar.spool import disk
+
+    disk.sync_directory = lambda _directory: None
+
+
 SABOTAGES: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -295,6 +302,7 @@ SABOTAGES: dict[str, Callable[[], None]] = {
         opens_a_file_per_commit,
         no_budget,
         no_admission,
+        no_directory_sync,
     )
 }
 
