@@ -88,9 +88,9 @@ def _shown(plan: Plan) -> str:
         lines += [f"-- PROBLEM {problem.name}: {problem.observed}", f"--   required: {problem.required}"]
     if plan.problems:
         lines.append("-- nothing can be applied before these are solved; see docs/ADOPTING.md")
-    if not plan.steps:
+    if not plan.steps and not plan.problems:
         lines.append("-- nothing to do: the table has what the sidecar needs")
-    elif plan.steps:
+    if plan.steps:
         lines += [
             "-- Everything adds; nothing is changed or dropped but an index that an interrupted build left invalid.",
             "-- Not in one transaction: CONCURRENTLY forbids it. What runs into lock_timeout is repeated later.",
