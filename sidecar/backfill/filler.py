@@ -6,8 +6,8 @@ as the service reports them. A throttled record is tried again and counts as not
 halved down to, counted and left; the rest goes on.
 
 FAILURE: while the store is away or blocked everything waits, probing; ``GaveUp`` after ``patience`` seconds in which
-nothing was taken, so that a Job ends with an error that somebody sees. ``Halted`` when told to stop: what was taken
-until then is counted, and the caller's position has not moved.
+nothing was taken, so that a Job ends with an error that somebody sees, and at once where the first call is blocked.
+``Halted`` when told to stop: what was taken until then is counted, and the caller's position has not moved.
 """
 
 import asyncio
@@ -103,6 +103,7 @@ class Filler:
         self._changed = asyncio.Event()
         self._trouble: StoreError | None = None  # what the store said last, while it takes nothing
         self._trouble_since = 0.0
+        self._answers = False  # it took something once
         self._not_before = 0.0  # when the rate allows a share that is worth a call
 
     def halt(self) -> None:
@@ -153,6 +154,8 @@ class Filler:
                     self._divide(part, error, work, refused, attempts)
                 else:
                     self._failed(ticket, error)
+                    if error.retry_class is RetryClass.BLOCKED and not self._answers:
+                        raise GaveUp(error) from None  # from the first call on: a wrong name, a missing right
                     work.append(part)
                 continue
             except BaseException:
@@ -212,6 +215,7 @@ class Filler:
 
     def _answered(self, ticket: Ticket, taken: int) -> None:
         self._trouble = None
+        self._answers = True
         self.pace.succeeded(ticket, taken, self._clock.monotonic())
         self._changed.set()
 

@@ -80,6 +80,8 @@ class Backfill:
         self._moved_at = parts.clock.monotonic()
         self._only: frozenset[int] | None = None
         self._fallen: StoreError | None = None
+        self._moves = False  # something was read or put by this process
+        self.trouble = ""  # why reads are tried again now
 
     async def run(self) -> bool:
         """Everything that is left; True where all of it is in the destination, proved, and nothing was refused.
@@ -270,6 +272,8 @@ class Backfill:
 
     def _moved(self) -> None:
         self._moved_at = self.parts.clock.monotonic()
+        self._moves = True
+        self.trouble = ""
 
     async def _enter(self, stage: Stage) -> None:
         seen = self.checkpoint
@@ -296,8 +300,10 @@ class Backfill:
             try:
                 await unless(part(), parts.stop)
             except StoreError as error:
-                if error.retry_class not in _PASSES:
+                first = error.retry_class is RetryClass.BLOCKED and not self._moves  # a wrong name, a missing right
+                if error.retry_class not in _PASSES or first:
                     raise
+                self.trouble = str(error)
                 if parts.clock.monotonic() - self._moved_at > parts.patience:
                     raise GaveUp(error) from None
             else:
@@ -315,7 +321,7 @@ class Backfill:
                 rate = own_rate if orders.rate is None else orders.rate
                 parts.filler.order(paused_by=orders.paused_by, reason=orders.reason, rate=rate)
                 if orders.paused_by is not None:
-                    self._moved()
+                    self._moved_at = parts.clock.monotonic()
                 await parts.keeper.save(self.checkpoint)
             except StoreError as error:
                 if error.retry_class not in _PASSES:

@@ -168,7 +168,7 @@ class _Watched:
 def _trouble(run: Backfill) -> str:
     pace = run.parts.filler.pace
     state = pace.state(run.parts.clock.monotonic())
-    return "" if state is State.UP else f"{state} ({pace.reason})"
+    return run.trouble if state is State.UP else f"{state} ({pace.reason})"
 
 
 def _told(job: Job, seen: Checkpoint, consumed: Mapping[str, float], *, as_json: bool) -> int:

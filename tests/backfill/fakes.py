@@ -54,8 +54,8 @@ class Time:
 class Picky(MemoryStore):
     """A memory store whose ``fill`` throttles, refuses or fails as ``plan`` says, call by call; then it is good.
 
-    ``plan`` holds ``throttle`` (nothing is taken), ``half`` (the second half of the batch is throttled), ``down``, or
-    None. ``refused`` are ids that it never takes.
+    ``plan`` holds ``throttle`` (nothing is taken), ``half`` (the second half of the batch is throttled), ``down``,
+    ``blocked``, or None. ``refused`` are ids that it never takes.
     """
 
     def __init__(self, name: StoreName = DYNAMODB, *, batch: int = 25) -> None:
@@ -76,6 +76,8 @@ class Picky(MemoryStore):
         fault = self.plan.pop(0) if self.plan else None
         if fault == "down":
             raise StoreError(self.name, RetryClass.TRANSIENT, "the connection failed")
+        if fault == "blocked":
+            raise StoreError(self.name, RetryClass.BLOCKED, "permission missing")
         if fault == "throttle":
             raise StoreError(self.name, RetryClass.THROTTLE, "throttled")
         if self.refused & {each.log_id for each in batch}:

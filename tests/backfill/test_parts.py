@@ -228,6 +228,18 @@ class TestFiller:
         with pytest.raises(GaveUp, match="the connection failed"):
             await drive(asyncio.ensure_future(subject.fill(records(3), lambda _s, _p: None)), subject)
 
+    async def test_a_store_that_is_blocked_from_the_first_call_on_ends_it_at_once(self) -> None:
+        """A missing right is told to whoever started it; one that is lost on the way is waited for."""
+        store = Picky()
+        store.plan = ["blocked"]
+        with pytest.raises(GaveUp, match="permission missing"):
+            await filler(store, Time()).fill(records(3), lambda _s, _p: None)
+        store.plan = [None, "blocked", "blocked"]
+        subject = filler(store, Time(), patience=600.0)
+        for part in (records(30)[:25], records(30)[25:]):
+            await drive(asyncio.ensure_future(subject.fill(part, lambda _s, _p: None)), subject)
+        assert len(store.filled) == 30
+
     async def test_a_halt_ends_it_between_two_calls(self) -> None:
         """Also while it is paused."""
         store = Picky()

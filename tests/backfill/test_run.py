@@ -220,6 +220,21 @@ async def test_it_gives_up_on_a_source_that_cannot_be_read() -> None:
     assert (await Keeper(stand.jobs, job.key, stand.time).take("next")).run == "run"
 
 
+async def test_a_source_that_cannot_be_asked_at_all_is_told_at_once() -> None:
+    """A wrong table or a missing right is not waited for; a store that is away for a moment is."""
+    job = Job(POSTGRES, DYNAMODB)
+    stand = Stand(job, random.Random(1))
+
+    class Closed(MemoryStore):
+        async def stream(self, start, end, *, after=None, hours=None):
+            raise StoreError(POSTGRES, RetryClass.BLOCKED, "permission missing")
+            yield []  # a generator
+
+    stand.source = Closed(POSTGRES)  # type: ignore[assignment]  # what is asked of it
+    with pytest.raises(StoreError, match="permission missing"):
+        await stand.run(job)
+
+
 async def all_of(store: MemoryStore) -> list[LogRecord]:
     """Everything."""
     return [r async for page in MemoryStore.stream(store, FIRST_US, 1 << 62) for r in page]
