@@ -29,6 +29,10 @@ _PAYLOAD: Final = '{"amount": 1.10, "amount": 1.1, "text": "\\u00e9\\ud83d\\ude0
 class CanaryStore(Protocol):
     """A store in which a record can be tried without leaving it there."""
 
+    async def sample(self, *, before: int, limit: int) -> Sequence[LogRecord]:
+        """Some records with log_timestamp < before. Raises StoreError."""
+        ...
+
     async def canary(self, record: LogRecord) -> LogRecord | None:
         """Write, read and take back; what was read. Raises StoreError."""
         ...
@@ -52,7 +56,7 @@ class Canary:
 
     async def __call__(self) -> Sequence[CanaryOutcome]:
         """One outcome per store, in the order of the stores. Raises nothing."""
-        record = self._record()
+        record = self._record(await self._usual_type())
         return await asyncio.gather(*(self._try(store, record) for store in self.stores))
 
     async def _try(self, store: StoreName, record: LogRecord) -> CanaryOutcome:
@@ -63,15 +67,26 @@ class Canary:
             return CanaryOutcome(store, str(error), self.clock.monotonic() - started)
         return CanaryOutcome(store, _difference(record, found), self.clock.monotonic() - started)
 
-    def _record(self) -> LogRecord:
+    async def _usual_type(self) -> str:
+        """A log_type that is in use: an adopted table may list the allowed ones. ``INFO`` where nothing tells."""
+        for store in self.stores.values():
+            try:
+                found = await store.sample(before=self.clock.now_us(), limit=1)
+            except SidecarError:  # the trial itself will say what is wrong with it
+                continue
+            if found:
+                return found[0].log_type
+        return "INFO"
+
+    def _record(self, log_type: str) -> LogRecord:
         """A payload that a parser would not give back, and nothing that an adopted table's own rules may refuse.
 
-        No application (a foreign key), the default log_type (a CHECK), numbers that fit the smallest column.
+        No application (a foreign key), numbers that fit the smallest column.
         """
         return LogRecord(
             log_id=str(uuid.uuid4()),
             application_id=None,
-            log_type="INFO",
+            log_type=log_type,
             service_name=SERVICE,
             request_data=_PAYLOAD,
             response_data="",

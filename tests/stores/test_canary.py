@@ -9,8 +9,10 @@ from sidecar.phase import DYNAMODB, POSTGRES
 from sidecar.stores.dynamodb import DynamoDBStore
 from sidecar.stores.postgres import PostgresStore
 from tests.parts import oracle
+from tests.parts.adopted import SPECIFICATION, SPECIFIED, adopt, old_rows
 from tests.parts.fault_proxy import Refuse
 from tests.parts.postgres import connect
+from tests.stores.records import BASE
 
 
 @pytest.fixture
@@ -57,3 +59,20 @@ async def test_what_dynamodb_refuses_is_its_problem_alone(stores, dynamodb_setti
         await other.close()
     assert [bool(outcome.problem) for outcome in outcomes] == [False, True]
     assert "AccessDenied" in outcomes[1].problem
+
+
+async def test_the_specifications_own_table_lets_it_pass(postgres_empty, dynamodb_store):
+    """Its CHECK lists the types, its key is an identity, its times have no zone: a type in use is taken."""
+    options = await adopt(postgres_empty, SPECIFICATION, SPECIFIED)
+    connection = await connect(options)
+    try:
+        await old_rows(connection, BASE, 3)
+        store = PostgresStore(options, clock=SystemClock())
+        try:
+            outcomes = await Canary({POSTGRES: store, DYNAMODB: dynamodb_store}, SystemClock())()
+        finally:
+            await store.close()
+        assert [outcome.problem for outcome in outcomes] == ["", ""]
+        assert await connection.fetchval('SELECT count(*) FROM "IntegrationLogs"') == 3
+    finally:
+        await connection.close(timeout=5)
