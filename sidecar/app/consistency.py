@@ -50,6 +50,7 @@ _CLOCKS_US: Final = 3_600_000_000  # what is due to expire within the hour is no
 _LEASE: Final = "validation"
 _SHOWN: Final = 10  # runs in an answer
 _LOOKED_AT: Final = 5  # runs that the metrics look at
+_FAREWELL: Final = 4.0  # seconds, at the end of the process
 _REFRESH: Final = 60.0  # seconds between two looks at them
 
 
@@ -233,9 +234,10 @@ class ConsistencyService:
         await self.late.run()
 
     async def leave(self) -> None:
-        """Note what is not noted yet; DynamoDB has two seconds."""
+        """End what was asked for, note what is not noted yet; DynamoDB has two seconds for each."""
         try:
-            async with asyncio.timeout(2.0):
+            async with asyncio.timeout(_FAREWELL):
+                await self.stop()
                 await self.late.flush()
         except TimeoutError:
             return

@@ -14,6 +14,7 @@ INVARIANTS
 BOUNDS: memory by ``_CANDIDATES``; the stores' load by ``rate`` (records of either store a second).
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ _STEP: Final = 4_096  # entries compared between two looks at the clock
 _CANDIDATES: Final = 32_768  # kept in memory before they are decided
 _EMPTY_DAYS: Final = 62  # the widest window, in days, in which days without a record get a verdict too
 _TRIES_OF_A_LONG_ONE: Final = 10  # of a run that has come somewhere: four minutes
+_LAST_WORDS: Final = 2.0  # seconds for the line of a run that was stopped or failed
 _STRETCH: Final = 60.0  # seconds after which candidates are decided and a checkpoint is kept
 
 
@@ -154,8 +156,9 @@ class Validator:
                 error=str(error) if isinstance(error, SidecarError) else "",
                 finished_us=None,
             )
-            with contextlib.suppress(SidecarError):
-                await run.keep()
+            with contextlib.suppress(SidecarError, TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS):  # a sidecar that stops must not wait for a store that is down
+                    await run.keep()
             raise
         return run.line
 

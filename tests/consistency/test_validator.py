@@ -440,6 +440,25 @@ async def test_a_cancelled_run_says_that_it_was_stopped():
     assert (await stand.validator.resumable()).id == line.id
 
 
+async def test_a_run_that_is_cancelled_does_not_wait_for_a_ledger_that_hangs(monkeypatch):
+    """A sidecar that stops has seconds, not minutes; the test would hang without the bound."""
+    monkeypatch.setattr(module, "_LAST_WORDS", 0.05)
+    stand = ConsistencyStand(stores={name: Breakable(ConsistencyStand().stores[name]) for name in STORES})
+    await stand.write(records(5), "postgres")
+    stand.stores["dynamodb"].gate.clear()
+    task = asyncio.create_task(stand.run())
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+    async def hang(_line):
+        await asyncio.Event().wait()
+
+    stand.ledger.put_run = hang
+    task.cancel()
+    (outcome,) = await asyncio.gather(task, return_exceptions=True)
+    assert isinstance(outcome, asyncio.CancelledError)
+
+
 async def test_days_have_verdicts_where_the_window_covers_them_from_their_first_instant():
     """A day that began before the window has none; one that is not over is not whole; an empty day is clean."""
     stand = ConsistencyStand()
