@@ -100,23 +100,23 @@ class Obligations:
         after: int | None = done
         self.spool.flush_now()
         while after is not None:
-            lines, after = await self.spool.read(partial(view.frames, after=after, limit=_HEADERS))
-            for line in lines:
-                last = max(last, line.seq)
-                if _misses(line, store):
-                    copied += await self._copy(line.seq, obligation)
+            lines, following = await self.spool.read(partial(view.frames, after=after, limit=_HEADERS))
+            first = next((line.seq for line in lines if _misses(line, store)), None)
+            if first is None:
+                last = max([last, *(line.seq for line in lines)])
+                after = following
+                continue
+            held, at = await self.spool.read(partial(view.owed, at=view.Position(0, first - 1)))
+            missed = [item.record for item in held if item.stores and store not in TABLE[Phase(item.phase)].owed]
+            for start in range(0, len(missed), _TOGETHER):
+                part = missed[start : start + _TOGETHER]
+                await self.spool.append(part, [encode(record) for record in part], obligation)
+            copied += len(missed)
+            last = max([last, first, *(item.seq for item in held)])
+            after = at.after if at is not None and at.part == 0 else None
         if last > done:
             await self.spool.set_meta(f"copied:{store}", str(last))
         return copied
-
-    async def _copy(self, seq: int, obligation: Obligation) -> int:
-        """The pending records of one frame, owed once more."""
-        held, _ = await self.spool.read(partial(view.owed, at=view.Position(0, seq - 1)))
-        missed = [item.record for item in held if item.seq == seq]
-        for start in range(0, len(missed), _TOGETHER):
-            part = missed[start : start + _TOGETHER]
-            await self.spool.append(part, [encode(record) for record in part], obligation)
-        return len(missed)
 
     async def undecided(self, records: Sequence[LogRecord], policy: Policy) -> Receipt:
         """Owe records once more, to whom the phase will say. Raises Busy, SpoolFailed."""

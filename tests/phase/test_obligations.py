@@ -134,6 +134,20 @@ async def test_what_waits_when_a_phase_begins_is_owed_to_its_stores_too(stand):
     assert stand.owed() == (5, 5)
 
 
+async def test_a_long_backlog_is_copied_step_by_step_and_only_where_it_must_be(stand):
+    """More frames than one look takes, of two phases in turn: exactly those of phase 0 get a copy, once."""
+    for _ in range(12):
+        await asyncio.gather(*(stand.accept(1, size=20_000) for _ in range(50)))
+        await stand.accept(3, obligation_of(TABLE[Phase.DUAL_WRITE]), size=100_000)
+    assert stand.owed() == (636, 36)
+    for _ in range(2):
+        await stand.obligations.apply(TABLE[Phase.DUAL_WRITE])
+        assert stand.owed() == (636, 636)
+    await stand.accept(5)
+    await stand.obligations.apply(TABLE[Phase.DUAL_WRITE])
+    assert stand.owed() == (641, 641)
+
+
 async def test_what_is_settled_is_not_copied(stand):
     """It has its line in the ledger instead."""
     await stand.accept(3)
