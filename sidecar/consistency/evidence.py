@@ -20,6 +20,9 @@ _HAS_A_GATE: Final = frozenset(
 )
 """Explained, or looked at by a gate of its own."""
 
+_OPEN: Final = (Reason.IN_FLIGHT, Reason.IN_FLIGHT_UNKNOWN, Reason.EXPECTED_GAP)
+"""A day with one of these has to be compared again."""
+
 
 def unexplained(reasons: Mapping[str, int]) -> int:
     """Differences that nothing explains."""
@@ -27,8 +30,11 @@ def unexplained(reasons: Mapping[str, int]) -> int:
 
 
 def stands(verdict: DayVerdict, written_us: int | None) -> bool:
-    """Whether a day's verdict still says something: of the whole day, all decided, and nothing written since."""
-    decided = not any(verdict.reasons.get(r.value) for r in (Reason.IN_FLIGHT, Reason.IN_FLIGHT_UNKNOWN))
+    """Whether a day's verdict still says something: of the whole day, all decided, and nothing written since.
+
+    What lay in an open gap was not decided either: once the gap is filled, the day has to be compared again.
+    """
+    decided = not any(verdict.reasons.get(reason.value) for reason in _OPEN)
     return verdict.whole and decided and (written_us is None or written_us < verdict.started_us - CLOCKS)
 
 

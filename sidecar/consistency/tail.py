@@ -1,7 +1,7 @@
 """Validation without end: the newest records again and again, and days whose verdict does not stand.
 
 One instance at a time, by a lease in the fleet's tables: no safety rests on it, two at once cost twice and find the
-same. Each round compares from the midnight before ``now - validation.window`` to now; then the oldest stretch of days
+same. Each round compares from the midnight before ``now - validation.window`` to now; then the next stretch of days
 whose verdict was overtaken, or was not clean, so that a day that was mended or written to late comes clean by itself.
 A failure ends the round; the next one comes in its time. A run that is under way is cancelled with the task.
 """
@@ -66,6 +66,7 @@ class Tail:
         self._by = by
         self._leads = False
         self._unclean_due = 0.0
+        self._after = -(10**9)  # the last day of the stretch that was compared last
         self.running = False
 
     @property
@@ -105,7 +106,7 @@ class Tail:
             await self.round()
 
     async def round(self) -> None:
-        """The newest records, then the oldest days that do not stand."""
+        """The newest records, then some days that do not stand."""
         settings = self._settings()
         now = self._clock.now_us()
         start = (now - int(settings.window * 1e6)) // DAY_US * DAY_US
@@ -119,7 +120,7 @@ class Tail:
                 if self._clock.monotonic() >= self._unclean_due:
                     self._unclean_due = self._clock.monotonic() + _UNCLEAN_EVERY
                     days |= set(found.unclean)
-                again = _oldest_stretch(sorted(days), start // DAY_US)
+                again = self._next_stretch(sorted(days), start // DAY_US)
                 if again is not None:
                     await self._one(again, options)
         except StoreError as error:
@@ -128,6 +129,23 @@ class Tail:
             )
         finally:
             self.running = False
+
+    def _next_stretch(self, days: Sequence[int], before: int) -> Window | None:
+        """Neighbouring days, at most a month; the next ones after the last stretch, so that none waits for ever.
+
+        Days that stay as they are (of an open gap, say) would otherwise be the oldest each time.
+        """
+        due = [day for day in days if day < before]
+        if not due:
+            return None
+        due = [day for day in due if day > self._after] or due
+        last = due[0]
+        for day in due[:_DAYS_A_ROUND]:
+            if day > last + 1:
+                break
+            last = day
+        self._after = last
+        return Window(due[0] * DAY_US, (last + 1) * DAY_US)
 
     async def _one(self, window: Window, options: Options) -> None:
         line = await self._validator.run(window, options)
@@ -139,16 +157,3 @@ class Tail:
             | {f"found_{reason}": number for reason, number in told.items()},
         )
         self._finished(line)
-
-
-def _oldest_stretch(days: Sequence[int], before: int) -> Window | None:
-    """From the oldest of these days on, at most a month, as far as they are neighbours; those of the window are out."""
-    due = [day for day in days if day < before]
-    if not due:
-        return None
-    last = due[0]
-    for day in due[:_DAYS_A_ROUND]:
-        if day > last + 1:
-            break
-        last = day
-    return Window(due[0] * DAY_US, (last + 1) * DAY_US)

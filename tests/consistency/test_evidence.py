@@ -9,6 +9,7 @@ from sidecar.consistency.evidence import Validations
 from sidecar.consistency.late import LateWrites
 from sidecar.consistency.tail import Tail
 from sidecar.errors import RetryClass, StoreError
+from sidecar.gaps import GapLine
 from sidecar.settings import Validation
 from sidecar.verdicts import CLOCKS, DAY_US, DayVerdict, MemoryLedger, RunLine
 from tests.consistency.stand import ConsistencyStand, Told, harm_memory
@@ -77,7 +78,8 @@ async def test_clean_is_the_sum_of_the_days_and_today_is_the_tails():
         ({"reasons": {"missing_in_sql": 1}}, True, False),
         ({"reasons": {"in_flight_unknown": 1}}, False, True),
         ({"reasons": {"in_flight": 1}}, False, True),
-        ({"reasons": {"dead_letter": 3, "expected_gap": 1, "acknowledged": 2, "expired": 9}}, False, False),
+        ({"reasons": {"expected_gap": 1}}, False, True),
+        ({"reasons": {"dead_letter": 3, "acknowledged": 2, "expired": 9}}, False, False),
         ({"until_us": (TODAY - 1) * DAY_US + 5}, False, True),
     ],
 )
@@ -222,6 +224,22 @@ async def test_a_round_goes_on_with_the_oldest_days_that_do_not_stand():
     assert (await evidence.days()).stale == (TODAY - 10,)
     await found.tail.round()
     assert (await evidence.days()).stale == ()
+
+
+async def test_days_that_stay_as_they_are_do_not_keep_others_from_their_turn():
+    """A gap stays open over the oldest days; those after it are compared all the same, then the first ones again."""
+    found = TailStand()
+    stand = found.stand
+    await stand.write([record(n, log_timestamp=(TODAY - n) * DAY_US) for n in range(1, 60)], "postgres")
+    hour = [(TODAY - n) * 24 for n in range(1, 60)]
+    stand.lines = [GapLine(store="dynamodb", kind="history", hour=h, source="fleet", opened=1) for h in hour]
+    await stand.validator.run(Window.all_until(NOW), Options())
+    starts = []
+    for _ in range(3):
+        found.finished.clear()
+        await found.tail.round()
+        starts.append(TODAY - found.finished[1].start_us // DAY_US)
+    assert starts == [59, 28, 59]
 
 
 @pytest.mark.parametrize("idle", ["no lease", "not due", "off"])

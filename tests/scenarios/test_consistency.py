@@ -42,6 +42,7 @@ async def test_the_specifications_answer_of_a_clean_and_of_a_divergent_window(st
     assert (report["is_consistent"], report["sql_record_count"], report["dynamo_db_record_count"]) == (True, 60, 60)
     assert report["discrepancies"] == []
     assert report["validation_duration"].startswith("00:00:0")
+    assert json.loads(await job(sidecar, "validate", "--all", "--deep"))["sql_record_count"] == 60
     session = aioboto3.Session(
         aws_access_key_id="test", aws_secret_access_key="test", region_name=stand.dynamodb.region
     )
