@@ -124,5 +124,5 @@ def spool_status(spool: Spool) -> dict[str, object]:
 
 
 def gaps_status(overflow: Overflow) -> list[dict[str, object]]:
-    """The part of ``/status`` about what stores were not given: open gaps of the fleet, as the ledgers were read last."""
+    """The part of ``/status`` about what stores were not given: open gaps, as the ledgers were read last."""
     return [{"store": store, "kind": kind, "records": n} for (store, kind), n in overflow.open_gaps().items() if n]
