@@ -91,9 +91,9 @@ def open_directory(
     disk.prepare(directory)
     disk.require_durable(directory, allow_volatile=settings.allow_volatile)
     with contextlib.ExitStack() as undo:
-        lock = disk.Lock(directory)
-        undo.callback(lock.release)
         try:
+            lock = disk.Lock(directory)
+            undo.callback(lock.release)
             plan = _Plan(directory, settings, dedup, stores, clock, connector)
             opened = _open_locked(plan, lock, undo)
         except sqlite3.Error as exc:

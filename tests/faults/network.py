@@ -17,6 +17,11 @@ from tests.faults.process import command, tool
 from tests.parts.sidecar import ROOT, eventually
 
 
+def _inside(name: str) -> list[str]:
+    """Only the network is another one: ``ip netns exec`` would keep a copy of every mount, also of disks."""
+    return ["nsenter", f"--net=/run/netns/{name}"]
+
+
 @dataclass(frozen=True)
 class Cable:
     """``host``:``port`` leads to the target, until the cable is cut."""
@@ -28,11 +33,11 @@ class Cable:
     async def cut(self) -> None:
         """Packets vanish in both directions; nothing is refused, nothing is reset."""
         for chain in ("INPUT", "OUTPUT"):
-            await command("ip", "netns", "exec", self.name, "iptables", "-I", chain, "-p", "tcp", "-j", "DROP")
+            await command(*_inside(self.name), "iptables", "-I", chain, "-p", "tcp", "-j", "DROP")
 
     async def join(self) -> None:
         """As before."""
-        await command("ip", "netns", "exec", self.name, "iptables", "-F")
+        await command(*_inside(self.name), "iptables", "-F")
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -74,7 +79,7 @@ async def cable(target: tuple[str, int]) -> AsyncIterator[Cable]:
         await command("ip", "-n", name, "link", "set", f"sc{number}n", "up")
         server = await forward((here, 0), target)
         port = server.sockets[0].getsockname()[1]
-        words = ["ip", "netns", "exec", name, sys.executable, "-m", "tests.faults.network", there, str(port), here]
+        words = [*_inside(name), sys.executable, "-m", "tests.faults.network", there, str(port), here]
         relay = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL)
         try:
 

@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import os
 
-import pytest
 import yaml
 
 from tests.faults.client import Client
@@ -249,7 +248,6 @@ async def garbage_rounds(row, stand, without: str = "") -> None:
     client.history.close()
 
 
-@pytest.mark.timeout(180)
 async def test_f19_garbage_as_configuration_changes_nothing_and_is_told(begin, stand):
     """F19: 40 files: gauge down, counter up, the phase and the service as before; a good file heals each."""
     await garbage_rounds(begin("F19"), stand)

@@ -76,7 +76,12 @@ async def at_moment(row, stand, disk, moment: str, without: str = "") -> None:
             sidecar.kill()
             (disk.point / "spool" / "repair").touch()
             launch(sidecar, without=without)
-            await eventually((disk.point / "spool" / "spool.db.rebuilt").exists, seconds=30, every=0.001)
+            spool = disk.point / "spool"
+
+            def rebuilding() -> bool:
+                return (spool / "spool.db.rebuilt").exists() or any(spool.glob("quarantine-*/spool.db"))
+
+            await eventually(rebuilding, seconds=30, every=0.001)
             await asyncio.sleep(row.rng.uniform(0, 0.02))
         row.note("power cut", moment=moment)
         client.history.counting = False

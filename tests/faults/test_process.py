@@ -33,7 +33,8 @@ async def clock_jump(row, stand, jump: str, without: str = "") -> None:
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "FAKETIME_NO_CACHE": "1",
     }
-    sidecar = stand.sidecar(phase="dual_write_read_dynamo")
+    # Long pauses between two tries, so that a jump falls into one of them and not into a try.
+    sidecar = stand.sidecar(phase="dual_write_read_dynamo", retry={"delay": "1s", "max_delay": "2s"})
     client = Client(row, sidecar.url)
     await start(sidecar, without=without, environ=environ)
     async with client.session() as session:
@@ -50,7 +51,7 @@ async def clock_jump(row, stand, jump: str, without: str = "") -> None:
                 again = await answer.json()
             require("forgot", again["duplicates"] != list(range(5)) and again, "a resend within the window is known")
             await heal(stand)
-            await drained(sidecar, 10)
+            await drained(sidecar, 20)
             await refuse(stand, "postgres")
         await heal(stand)
     await judge(client.history, stand, sidecar)
