@@ -26,7 +26,7 @@ from sidecar.stores.dynamodb import DynamoDBStore
 from sidecar.stores.postgres import PostgresStore
 from tests.parts import oracle
 from tests.parts.dynamodb import CREDENTIALS
-from tests.parts.fault_proxy import FaultProxy, Refuse, Unprocess
+from tests.parts.fault_proxy import FaultProxy, Hang, Refuse, Reset, Unprocess
 from tests.parts.postgres import connect
 from tests.parts.sidecar import ROOT, eventually, free_port
 from tests.parts.tcp_proxy import TcpProxy
@@ -217,6 +217,24 @@ async def test_sigterm_ends_with_a_checkpoint_and_the_next_process_goes_on(
     assert (code, told["good"]) == (0, True)
     assert told["present"] <= 8 * 25  # at most what each of eight workers had begun
     oracle.assert_same(await stand.in_postgres(), await stand.in_dynamodb())
+
+
+@pytest.mark.parametrize("fault", [Reset(), Hang()], ids=repr)
+async def test_sigterm_ends_it_although_the_destination_is_gone(stand: Stand, make: Make, fault: Reset | Hang) -> None:
+    """In seconds, with exit 1; the next run copies what is left."""
+    await in_postgres(stand, history(600, hours=6))
+    runs = make(proxied=True, dynamodb={"connect_timeout": "1s", "read_timeout": "2s"})
+    process = runs.spawn(*PG_TO_DYNAMO, "--rate", "200")
+    await eventually(lambda: stand.dynamo.applied["PutItem"] > 100, seconds=60, what="some are copied")
+    stand.dynamo.on("*", fault)
+    calls = stand.dynamo.calls.total()
+    await eventually(lambda: stand.dynamo.calls.total() > calls + 4, seconds=30, what="it has noticed")
+    process.send_signal(signal.SIGTERM)
+    code, _ = await runs.ended(process, seconds=20)
+    assert code == 1
+    stand.dynamo.clear()
+    code, told = await runs.ended(runs.spawn(*PG_TO_DYNAMO))
+    assert (code, told["good"]) == (0, True)
 
 
 async def test_a_store_that_throttles_gets_everything_and_a_bound_on_capacity_is_kept(stand: Stand, make: Make) -> None:
