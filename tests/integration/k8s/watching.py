@@ -82,7 +82,8 @@ class Watch:
                 for pod in self.pods:
                     pod.apply(self.config())
                 for pod in self.fleet:
-                    pod.apply(self.config(more=f"{FLEET}\ninstance: {pod.base.name}"))
+                    pod.environ["HOSTNAME"] = pod.base.name  # as in a pod; one and the same file for both
+                    pod.apply(self.config(more=FLEET))
                 await asyncio.gather(*(pod.start() for pod in (*self.pods, *self.fleet)))
                 await self.validated("clean")
                 await self.prometheus.start()
