@@ -112,7 +112,7 @@ def ask_others(
 ) -> Whereabouts:
     """The fleet's tables: what became of refused records, and, in a fleet, what the other sidecars hold.
 
-    ``instance`` is this one, which is asked better directly.
+    ``instance`` is this one, which is asked better directly; None: a command that has just begun to look.
     """
     census = Census()
     tables = {name: store.fleet for name, store in stores.items()}
@@ -128,7 +128,9 @@ def ask_others(
     home = home_of(stores).fleet
     if not settings.fleet.enabled:
         return Mirrored(home.fates)
-    return Fleet(heartbeats, home.fates, clock=clock, poll=min(1.0, settings.fleet.heartbeat / 2))
+    return Fleet(
+        heartbeats, home.fates, clock=clock, poll=min(1.0, settings.fleet.heartbeat / 2), newcomer=instance is None
+    )
 
 
 @dataclass(slots=True)

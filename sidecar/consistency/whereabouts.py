@@ -19,6 +19,7 @@ from sidecar.phase import STORES, StoreName
 from sidecar.spool import Counters, view
 
 _AT_ONCE: Final = 500  # ids in one question to the tables
+_COUNTED_OUT: Final = 1.3  # of ``fence_after``: after that a process that says nothing no longer counts
 _POLL: Final = 0.1  # seconds between two looks at the own spool
 _T = TypeVar("_T")
 
@@ -128,6 +129,8 @@ class Fleet:
         fates: the mirrored lines of these records. Raises StoreError.
         clock: time.
         poll: seconds between two looks at the heartbeats.
+        newcomer: whether this observer has just begun to look: then a process that says nothing is waited for until it
+            would be counted out, because only time tells whether its row is what a killed one left.
     """
 
     def __init__(
@@ -137,7 +140,9 @@ class Fleet:
         *,
         clock: Clock,
         poll: float = 1.0,
+        newcomer: bool = False,
     ) -> None:
+        self._newcomer = newcomer
         self._heartbeats = heartbeats
         self._mirrored = Mirrored(fates)
         self._clock = clock
@@ -155,7 +160,11 @@ class Fleet:
         fresh: dict[tuple[str, str], int] = {}
         rows, silent = await self._heartbeats()
         longest = max((row.interval_s for row in rows), default=0.0)
-        end = self._clock.monotonic() + max(patience, 4 * longest)
+        waits = [patience, 4 * longest]
+        if self._newcomer:
+            waits += [_COUNTED_OUT * row.fence_after_s + 2 * row.interval_s for row in rows]
+        began = self._clock.monotonic()
+        end, least = began + max(waits), began + max(waits[:2])
         while True:
             for row in rows:
                 if seqs.get(row.key) == row.seq:
@@ -173,7 +182,8 @@ class Fleet:
                 for store, us in row.oldest_pending_us.items()
                 if row.key in bound and us <= bound[row.key]
             }
-            if (not undecided and not behind) or self._clock.monotonic() >= end:
+            now = self._clock.monotonic()
+            if (not undecided and (not behind or now >= least)) or now >= end:
                 unheard = {row.instance for row in rows if row.key in undecided}
                 return Settled(
                     asked=tuple(sorted({row.instance for row in rows})),

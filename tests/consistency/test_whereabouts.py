@@ -139,6 +139,19 @@ async def test_a_sidecar_that_stays_behind_names_its_store_and_a_silent_one_is_n
     assert (await fleet.settle(10.0)).silent == ("pod-9",)
 
 
+async def test_a_command_waits_until_a_killed_process_is_counted_out_and_no_longer():
+    """It has just begun to look: the row that a killed process left looks alive to it for a while."""
+    looks = [[beat("a", n, at_us=n), *([beat("dead", 7)] if n < 140 else [])] for n in range(1, 145)]
+    fleet, _ = asked(*looks)
+    fleet._newcomer = True
+    assert (await fleet.settle(10.0)).silent == ()
+    assert 130 < fleet._clock.slept < 145
+    fleet, _ = asked(*[[beat("a", n, at_us=n), beat("dead", 7)] for n in range(1, 400)])
+    fleet._newcomer = True
+    assert (await fleet.settle(10.0)).silent == ("dead",)
+    assert fleet._clock.slept < 180
+
+
 async def test_without_other_sidecars_nothing_is_waited_for():
     """Nobody counts: everything is known."""
     fleet, _ = asked([])
