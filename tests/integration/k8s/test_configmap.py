@@ -69,7 +69,7 @@ async def test_a_key_that_is_removed_and_added_again_is_followed(pods, postgres,
     assert await applied(pod) == "sql_only"
     pod.apply(config("dual_write", postgres, dynamodb_settings))
     await eventually(lambda: _is(pod, "dual_write"), what="back")
-    assert await _reload_successful(pod, 1)
+    await eventually(lambda: _reload_successful(pod, 1), what="the gauge says so too")
 
 
 async def _reload_successful(pod: Pod, value: int) -> bool:

@@ -71,10 +71,10 @@ def test_what_builds_or_tests_is_not_in_the_image(image, module):
 
 
 def test_the_image_adds_little(image):
-    """All that is added to the base fits into 60 MB."""
+    """All that is added to the base fits into 70 MB, OTLP's protobuf included."""
     upper = image.directory / "upper" / "opt" / "sidecar"
     size = sum(p.lstat().st_size for p in upper.rglob("*"))
-    assert 10e6 < size < 60e6, size
+    assert 10e6 < size < 70e6, size
 
 
 def test_nothing_in_the_image_is_writable_by_its_user(image):
