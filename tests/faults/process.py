@@ -102,7 +102,11 @@ async def injected(
     process = sidecar.process
     assert process is not None
     status = Path(f"/proc/{process.pid}/status")
-    await eventually(lambda: "State:\tT" in status.read_text(), what="the imports")
+    try:
+        await eventually(lambda: "State:\tT" in status.read_text(), seconds=60, what="the imports")
+    except BaseException:  # also where the run is interrupted: a stopped process would stay for ever
+        sidecar.close()
+        raise
     words = [tool("strace"), "-f", "-qq", "-o", str(trace), "-p", str(process.pid), "-e", "signal=none"]
     for path in paths:
         words += ["-P", str(path)]

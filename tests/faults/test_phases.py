@@ -66,12 +66,13 @@ async def changes_while_down(row, stand, rounds: int, without: str = "") -> None
     """A store goes down in one phase, the phase changes and is rolled back, the store comes back."""
     pairs = list(itertools.permutations(PHASES, 2))
     row.rng.shuffle(pairs)
-    sidecar = stand.sidecar(phase=pairs[0][0], retry={"delay": "10ms", "max_delay": "50ms"}, reload={"poll": "50ms"})
+    plan = [(*pairs[n % len(pairs)], row.rng.choice(("postgres", "dynamodb"))) for n in range(rounds)]
+    if without:  # what must cost records whatever is drawn: a store that the later phase does not write
+        plan = [("sql_only", "dynamo_only", "postgres"), ("dynamo_only", "sql_only", "dynamodb")]
+    sidecar = stand.sidecar(phase=plan[0][0], retry={"delay": "10ms", "max_delay": "50ms"}, reload={"poll": "50ms"})
     async with Client(row, sidecar.url, workers=2, pause=0.02) as client:
         await start(sidecar, without=without)
-        for n in range(rounds):
-            before, after = pairs[n % len(pairs)]
-            store = row.rng.choice(("postgres", "dynamodb"))
+        for before, after, store in plan:
             row.note("phase change with a store down", before=before, after=after, store=store)
             await phase(sidecar, before)
             await refuse(stand, store)
