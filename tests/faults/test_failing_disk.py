@@ -36,8 +36,9 @@ async def error_rounds(row, stand, rounds: int, without: str = "") -> None:
     async with Client(row, sidecar.url, size=4_000) as client:
         for n in range(rounds):
             call, errno, most, stops = FAILS[n % len(FAILS)]
-            again = row.rng.choice(("", "+"))
-            rule = f"{call}:error={errno}:when={row.rng.randint(1, most)}{again}"
+            first = row.rng.randint(1, most)
+            again = row.rng.choice(("", "+" if stops else f"..{first + 5}"))  # a full disk gets room again
+            rule = f"{call}:error={errno}:when={first}{again}"
             if without:  # what must cost records whatever is drawn: each flush fails but for the first ones
                 call, errno, stops, rule = "fdatasync", "EIO", True, "fdatasync:error=EIO:when=8+"
             row.note("failing call", rule=rule)
@@ -59,7 +60,7 @@ async def error_rounds(row, stand, rounds: int, without: str = "") -> None:
                     code = await ended(sidecar, 10)
                     require("serves on", code != 4, f"{rule} must stop the sidecar with exit code 4, not {code}")
                 if ready and not stops and not without:
-                    await client.acked(20) if not again else None
+                    await client.acked(20)
                     require("stopped", sidecar.process.poll(), f"{rule} is no reason to stop")
         await client.stop()
         await start(sidecar)
