@@ -328,8 +328,15 @@ async def _both_stores_are_down_until_the_spool_is_full(w: Watch) -> AsyncIterat
     yield
     filling.cancel()
     await asyncio.gather(filling, return_exceptions=True)
-    await w.pg_proxy.normal()
+    # DynamoDB first: where PostgreSQL alone is back, it confirms, and what DynamoDB still lacks may be released
     w.ddb_proxy.clear()
+    await eventually(lambda: _nearly_delivered(w.pods[2], "dynamodb"), seconds=PATIENCE, every=0.2, what="dynamodb")
+    await w.pg_proxy.normal()
+
+
+async def _nearly_delivered(pod: Pod, store: str) -> bool:
+    """All but what the light load has just written."""
+    return bool((await pod.json("/status"))["stores"][store]["account"]["pending"] < 50)
 
 
 @asynccontextmanager
