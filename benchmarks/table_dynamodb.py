@@ -469,6 +469,8 @@ class TableServer(canned.Server):
     async def __aexit__(self, *_: object) -> None:
         if self.listener is not None:
             self.listener.close()
+            for _ in range(4):  # what was accepted just before comes to be a connection
+                await asyncio.sleep(0)
         for connection in list(self.state.connections):
             connection.transport.abort()
 

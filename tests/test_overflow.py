@@ -100,7 +100,7 @@ async def offer(spool: Spool, overflow: Overflow, first: int, count: int, *, per
             try:
                 await append(spool, start, 8, per_hour=per_hour)
             except Busy as busy:
-                if not await overflow.make_room(busy):
+                if busy.reason != "spool_slow" and not await overflow.make_room(busy):  # slow: the disk of the day
                     raise
             else:
                 break

@@ -111,19 +111,18 @@ async def adopt(base: settings.Postgres, ddl: str, adopted: Adopted) -> settings
 
 async def old_rows(connection: "asyncpg.Connection", first_us: int, number: int) -> list[LogRecord]:
     """Rows as the application wrote them before, ten of them in each second; the records that they are."""
-    await connection.execute(
+    keys = await connection.fetch(
         f"""INSERT INTO {RELATION} ("ApplicationId", "LogType", "ServiceName", "RequestData", "ResponseData",
             "StatusCode", "IsSuccess", "ErrorMessage", "ProcessingTimeMs", "LogTimestamp", "CorrelationId", "UserId")
         SELECT CASE WHEN n % 3 > 0 THEN n % 50 + 1 END, ($1::text[])[n % 6 + 1], 's' || n % 7, '{{"n": ' || n || '}}',
             CASE WHEN n % 2 = 0 THEN '' END, CASE WHEN n % 11 > 0 THEN (200 + n % 4 * 100)::text END, n % 13 > 0,
             CASE WHEN n % 13 = 0 THEN 'failed' END, n % 900, TIMESTAMP '2000-01-01' + $2::int8 * interval '1 us'
             + n / 10 * interval '1 s', 'c' || n / 4, CASE WHEN n % 5 > 0 THEN 'u' || n % 20 END
-        FROM generate_series(0, $3::int - 1) n""",
+        FROM generate_series(0, $3::int - 1) n RETURNING "LogId" AS key""",
         LOG_TYPES,
         first_us - int(datetime(2000, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000,
         number,
     )
-    keys = await connection.fetch(f'SELECT "LogId" FROM {RELATION} ORDER BY "LogId" DESC LIMIT {number}')
     return [
         LogRecord(
             IDS.of(key),
@@ -140,7 +139,7 @@ async def old_rows(connection: "asyncpg.Connection", first_us: int, number: int)
             f"c{n // 4}",
             f"u{n % 20}" if n % 5 else None,
         )
-        for n, key in enumerate(reversed([row[0] for row in keys]))
+        for n, key in enumerate(sorted(row[0] for row in keys))
     ]
 
 

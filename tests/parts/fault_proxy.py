@@ -28,7 +28,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from tests.parts.tcp_proxy import reset
+from tests.parts.tcp_proxy import accepted, reset
 
 _ERRORS = "com.amazonaws.dynamodb.v20120810#"
 _KEPT = 200
@@ -158,6 +158,9 @@ class FaultProxy:
     ) -> None:
         assert self._runner is not None
         assert self._client is not None
+        for site in list(self._runner.sites):
+            await site.stop()
+        await accepted()
         await self._runner.cleanup()
         await self._client.close()
 

@@ -37,6 +37,12 @@ def reset(transport: asyncio.BaseTransport | None) -> None:
         transport.abort()
 
 
+async def accepted() -> None:
+    """After a listener was closed: let the loop finish what it had accepted, so that somebody can close it."""
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
 class _Connection:
     """One client and its connection to the server."""
 
@@ -126,6 +132,7 @@ class TcpProxy:
         if self._server is not None:
             self._server.close()
             self._server = None
+            await accepted()
         self.kill_all()
         tasks = list(self._tasks)
         for task in tasks:

@@ -142,6 +142,11 @@ async def test_a_fleet_walks_to_the_end_and_back_on_evidence_alone(stand, http, 
     status, answer = await operator.ask("rollback")
     assert status in (200, 202), answer
     await operator.reaches("sql_only")
+
+    async def agreed() -> bool:
+        return not (await sidecar.json("/api/migration"))["holds"]
+
+    await eventually(agreed, what="applied by every instance")
     await operator.run("phase", "show")
     fleet = json.loads(await operator.run("fleet", "--json"))
     assert [(i["state"], i["phase"]) for i in fleet["instances"]] == [("live", "sql_only")]
