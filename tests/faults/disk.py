@@ -21,6 +21,7 @@ class Disk:
 
     def __init__(self, image: Path, point: Path, size: int) -> None:
         self.image = image
+        self._lives = 0
         self.point = point
         with image.open("wb") as file:
             file.truncate(size)
@@ -51,9 +52,21 @@ class Disk:
             os.close(fd)
 
     async def power_on(self) -> None:
-        """Mounted again, journal replayed."""
-        await asyncio.to_thread(self.unmount)
-        await asyncio.to_thread(self.mount)
+        """What the device holds, copied to another one and mounted; the journal is replayed.
+
+        Not the same device again: where any process of the machine has a mount namespace of its own (a browser's
+        sandbox is enough), the dead file system lives on in there, and mounting the device would give it back.
+        """
+        await asyncio.to_thread(self._power_on)
+
+    def _power_on(self) -> None:
+        self.unmount()
+        self._lives += 1
+        fresh = self.image.with_suffix(f".{self._lives}")
+        _run("cp", "--sparse=always", str(self.image), str(fresh))
+        self.image.unlink()
+        self.image = fresh
+        self.mount()
 
     def close(self) -> None:
         """Detach it whatever its state."""
