@@ -23,6 +23,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1800 if rows.is_long() else 300))  # a busy machine is slow, not wrong
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]"):
+    """A row that failed shows the end of its sidecars' logs: a run in CI leaves nothing else to look at."""
+    report = yield
+    if report.when == "call" and report.failed:
+        stand_of_it = getattr(item, "funcargs", {}).get("stand")
+        for sidecar in stand_of_it.made if stand_of_it is not None else ():
+            report.sections.append((f"log of {sidecar.base.name}", sidecar.tail()))
+    return report
+
+
 @pytest.fixture
 def begin(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[[str], Row]:
     """Begin a row: its seed is printed, its history kept."""
