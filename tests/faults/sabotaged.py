@@ -242,6 +242,7 @@ def no_lock() -> None:
             def execute(self, sql: str) -> Any:
                 return connection.execute("SELECT 'exclusive'" if "locking_mode" in sql else sql)
 
+        connection.execute("PRAGMA busy_timeout = 10000").fetchall()  # they wait for each other's transactions
         configure(Deaf(), settings)  # type: ignore[arg-type]  (that is the sabotage)
 
     schema.configure = shared
