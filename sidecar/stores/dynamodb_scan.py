@@ -286,9 +286,12 @@ class _Sorter:
             fresh = [e for e in fresh if self._floor < e and (self.ceiling is None or e <= self.ceiling)]
         self._buffer += fresh
         async with self._spilling:
-            if len(self._buffer) >= RUN_ENTRIES:
-                full, self._buffer = self._buffer, []
-                await asyncio.to_thread(self._spill, full)
+            while len(self._buffer) >= RUN_ENTRIES:  # others may have added while this one waited
+                full, self._buffer = self._buffer[:RUN_ENTRIES], self._buffer[RUN_ENTRIES:]
+                if self.ceiling is not None:
+                    full = [entry for entry in full if entry <= self.ceiling]
+                if full:
+                    await asyncio.to_thread(self._spill, full)
 
     def merged(self) -> Iterator[bytes]:
         """All entries in order; call it once, after the last ``add``."""

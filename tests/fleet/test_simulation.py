@@ -1,5 +1,6 @@
 """Whole fleets of the product's own code in virtual time; the oracle is asked after every step."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from sidecar.fleet import census as census_module
 from tests.fleet.simulated import UnsafeError
 from tests.fleet.simulation import World, simulate
 
-SEEDS = 320
+SEEDS = 2_000 if "FAULTS_LONG" in os.environ else 120  # make faults looks at more
 CHUNK = 40
 ENOUGH = 60  # seeds within which a mutation must be found
 
