@@ -468,9 +468,11 @@ class TableServer(canned.Server):
 
     async def __aexit__(self, *_: object) -> None:
         if self.listener is not None:
-            self.listener.close()
-            for _ in range(4):  # what was accepted just before comes to be a connection
+            for listening in self.listener.sockets:  # else what was accepted just before is left open by asyncio
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            for _ in range(4):
                 await asyncio.sleep(0)
+            self.listener.close()
         for connection in list(self.state.connections):
             connection.transport.abort()
 

@@ -28,7 +28,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from tests.parts.tcp_proxy import accepted, reset
+from tests.parts.tcp_proxy import reset, stop_listening
 
 _ERRORS = "com.amazonaws.dynamodb.v20120810#"
 _KEPT = 200
@@ -158,9 +158,10 @@ class FaultProxy:
     ) -> None:
         assert self._runner is not None
         assert self._client is not None
-        for site in list(self._runner.sites):
-            await site.stop()
-        await accepted()
+        for site in self._runner.sites:
+            assert isinstance(site, web.TCPSite)
+            assert isinstance(site._server, asyncio.Server)
+            await stop_listening(site._server)
         await self._runner.cleanup()
         await self._client.close()
 

@@ -37,10 +37,18 @@ def reset(transport: asyncio.BaseTransport | None) -> None:
         transport.abort()
 
 
-async def accepted() -> None:
-    """After a listener was closed: let the loop finish what it had accepted, so that somebody can close it."""
+async def stop_listening(server: asyncio.Server) -> None:
+    """Close a listener; what it had accepted until then becomes connections first.
+
+    asyncio makes a connection a turn of the loop after accepting it; where the server was closed in between, that fails
+    and leaves the socket open, for nobody to close (Python 3.11, ``Server._attach``).
+    """
+    loop = asyncio.get_running_loop()
+    for listening in server.sockets:
+        loop.remove_reader(listening.fileno())
     for _ in range(4):
         await asyncio.sleep(0)
+    server.close()
 
 
 class _Connection:
@@ -129,10 +137,9 @@ class TcpProxy:
 
     async def refuse(self) -> None:
         """Stop listening and reset what there is."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-            await accepted()
+        server, self._server = self._server, None
+        if server is not None:
+            await stop_listening(server)
         self.kill_all()
         tasks = list(self._tasks)
         for task in tasks:
