@@ -102,7 +102,9 @@ async def storm(row, stand, disk, seconds: float, without: str = "") -> None:
         row.note("healed")
         await heal(stand)
         await eventually(
-            lambda n=client.history.statuses[202]: client.history.statuses[202] > n, what="a 202 at the end"
+            lambda n=client.history.statuses[202]: client.history.statuses[202] > n,
+            seconds=60,
+            what="a 202 at the end",
         )
         if without:
             client.history.counting = False
