@@ -24,12 +24,13 @@ from typing import Final, Protocol, TypeVar
 import msgspec
 from aiohttp import web
 
-from sidecar.api.body import Budget, encoding_of, read_body
-from sidecar.api.errors import JSON, answer
+from sidecar.api.body import Budget
+from sidecar.api.document import read_document
+from sidecar.api.errors import answer
 from sidecar.api.guard import Guard
 from sidecar.api.parts import PARTS
 from sidecar.consistency import Known, Window
-from sidecar.errors import BadRequest, MalformedBody, UnsupportedMedia
+from sidecar.errors import BadRequest
 from sidecar.phase import StoreName
 from sidecar.screening.identity import canonical
 from sidecar.screening.timestamps import Timestamps
@@ -191,16 +192,7 @@ class Consistency:
         return answer(200, {"records": await self.service.whereabouts(wanted)})
 
     async def _body(self, request: web.Request, kind: type[_B]) -> _B:
-        if request.content_type != JSON:
-            raise UnsupportedMedia(f"Content-Type: allowed is {JSON}")
-        coding = encoding_of(request)
-        raw = await read_body(request, coding, limit=_MOST_BODY, patience=_PATIENCE, budget=self.budget)
-        try:
-            return msgspec.json.decode(raw, type=kind)
-        except msgspec.ValidationError as error:
-            raise BadRequest(f"body: {error}") from None
-        except msgspec.DecodeError as error:
-            raise MalformedBody(f"body: not JSON ({error}); send one object") from None
+        return await read_document(request, kind, limit=_MOST_BODY, patience=_PATIENCE, budget=self.budget)
 
 
 def parse_bound(name: str, text: str, *, end: bool) -> int:

@@ -33,11 +33,12 @@ from typing import Final, Protocol, TypeVar
 import msgspec
 from aiohttp import web
 
-from sidecar.api.body import Budget, encoding_of, read_body
-from sidecar.api.errors import JSON, answer
+from sidecar.api.body import Budget
+from sidecar.api.document import read_document
+from sidecar.api.errors import answer
 from sidecar.api.guard import Guard
 from sidecar.dead_letter import DeadLetters, Selection
-from sidecar.errors import BadRequest, ConfigError, MalformedBody, NotFound, SidecarError, UnsupportedMedia
+from sidecar.errors import BadRequest, ConfigError, NotFound, SidecarError
 from sidecar.phase import STORES
 from sidecar.screening.identity import canonical
 from sidecar.spool import AuditLine, Counters, SpoolState, documents, view
@@ -272,16 +273,7 @@ class Control:
     # --- bodies ----------------------------------------------------------------------------------------------------
 
     async def _body(self, request: web.Request, kind: type[_B]) -> _B:
-        if request.content_type != JSON:
-            raise UnsupportedMedia(f"Content-Type: allowed is {JSON}")
-        coding = encoding_of(request)
-        raw = await read_body(request, coding, limit=_MOST_BODY, patience=_PATIENCE, budget=self.budget)
-        try:
-            return msgspec.json.decode(raw, type=kind)
-        except msgspec.ValidationError as error:
-            raise BadRequest(f"body: {error}") from None
-        except msgspec.DecodeError as error:
-            raise MalformedBody(f"body: not JSON ({error}); send one object") from None
+        return await read_document(request, kind, limit=_MOST_BODY, patience=_PATIENCE, budget=self.budget)
 
 
 async def _stream(request: web.Request, lines: AsyncIterator[Mapping[str, object]]) -> web.StreamResponse:
