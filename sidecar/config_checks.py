@@ -15,6 +15,7 @@ from sidecar.errors import ConfigError
 from sidecar.phase import DYNAMODB, TABLE
 from sidecar.settings import Settings
 
+_PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
 _SQL_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}", re.ASCII)
 _TABLE_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{3,255}", re.ASCII)
 _REGION: Final = re.compile(r"[a-z0-9-]{2,40}", re.ASCII)
@@ -201,7 +202,12 @@ def _is_address(value: str) -> bool:
         return value.startswith("unix:/") and len(value) <= len("unix:") + 107  # sun_path holds 108 bytes
     host, _, port = value.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    return bool(host) and (":" not in host or bracketed) and port.isascii() and port.isdigit() and int(port) <= 65535  # noqa: PLR2004  (TCP's own bound)
+    return bool(host) and (":" not in host or bracketed) and is_port(port)
+
+
+def is_port(text: str) -> bool:
+    """Whether a text is a TCP port; of five digits at most, because int() itself fails beyond some thousand."""
+    return _PORT.fullmatch(text) is not None and int(text) <= 65535  # noqa: PLR2004  (TCP's own bound)
 
 
 def _postgres_names(s: Settings) -> None:

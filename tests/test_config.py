@@ -321,6 +321,7 @@ CONTRADICTIONS = {
     "listen.app": "listen: {app: '8080'}",
     "listen.app ": "listen: {app: 'localhost:65536'}",
     "listen.app  ": "listen: {app: '::1:80'}",
+    "listen.app   ": "listen: {app: 'localhost:" + "9" * 5000 + "'}",
     "listen.ops": "listen: {ops: '127.0.0.1:8080'}",
     "postgres.table": "postgres: {table: 'logs; drop table x'}",
     "postgres.schema": "postgres: {schema: 1st}",

@@ -43,6 +43,7 @@ _MOST_BODY: Final = 16 * 1024  # bytes
 _PATIENCE: Final = 10.0  # seconds for it
 _LONGEST_REASON: Final = 500
 _MOST_LISTED: Final = 1_000
+_DIGITS: Final = 19  # of a number worth reading: int() itself fails beyond some thousand
 _NO_REASON: Final = "no reason given"
 
 STEPS: Final[Mapping[str, tuple[Phase, Phase]]] = MappingProxyType(
@@ -95,7 +96,7 @@ class Migration:
     async def _history(self, request: web.Request) -> web.Response:
         given = _query(request, "limit")
         text = given.get("limit", "100")
-        if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= _MOST_LISTED:
+        if not text.isascii() or not text.isdigit() or len(text) > _DIGITS or not 1 <= int(text) <= _MOST_LISTED:
             raise BadRequest(f"limit: allowed are 1 to {_MOST_LISTED}")
         return answer(200, {"history": await self.control.history(int(text))})
 
