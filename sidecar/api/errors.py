@@ -110,6 +110,7 @@ def from_http(error: web.HTTPException) -> web.Response:
     message = {
         404: "no such route; the routes are listed in GET /openapi.json",
         405: f"this route allows {headers.get('Allow', 'other methods')}",
+        417: "Expect: the only one met is 100-continue",
     }.get(error.status, error.reason)
     return error_answer(error.status, code, message, headers)
 

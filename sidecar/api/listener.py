@@ -11,6 +11,7 @@ from aiohttp import web
 
 from sidecar.api import errors
 from sidecar.api.express import EXPRESS, Express, Lane
+from sidecar.config_checks import is_port
 from sidecar.errors import ConfigError
 from sidecar.settings import Listen
 
@@ -124,6 +125,22 @@ class _Connection(web.RequestHandler):
             self._lane.close()
         self._leave()
         super().connection_lost(exc)
+
+    def _process_keepalive(self) -> None:
+        """Close an idle connection; aiohttp would cut off the express lane's requests, of which it knows nothing."""
+        if self._lane is not None and self._lane.busy:
+            self._keepalive_handle = self._loop.call_later(self._keepalive_timeout, self._process_keepalive)
+        else:
+            super()._process_keepalive()
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer; what aiohttp refuses before the middleware (an expectation) is worded as all errors are."""
+        if isinstance(resp, web.HTTPException):
+            resp = errors.from_http(resp)
+            resp.headers["Server"] = errors.SERVER
+        return await super().finish_response(request, resp, start_time)
 
     def _head_is_late(self) -> None:
         if self.transport is not None:
@@ -252,6 +269,6 @@ def split_address(address: str) -> tuple[str, int]:
         ConfigError: no port, or none that can be.
     """
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004
+    if not colon or not is_port(port):
         raise ConfigError("listen", seen=address, allowed="host:port, or unix:/path", hint="name host and port")
     return host.strip("[]"), int(port)

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sidecar.settings import Listen, Settings
+from sidecar.settings import Ingest, Listen, Settings
 from tests.api.door import Door, open_door
 
 GOOD = b'{"service_name":"s"}'
@@ -312,6 +312,37 @@ async def test_a_connection_serves_many_requests_and_idles_out(door: Door) -> No
         assert await asyncio.wait_for(wire.status(), 10) == status
     assert await wire.closed()
     await wire.close()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"GET /status", b"GET /logs/x", b"GET /nowhere", b"PUT /logs", b"POST /logs", b"POST /v1/logs", b"POST /ingest/x"],
+    ids=bytes.decode,
+)
+async def test_an_expectation_that_is_not_met_is_an_error_like_any_other(door: Door, head: bytes) -> None:
+    """On every route: one shape, nothing of the request repeated, no version of the server (``Wire.status``)."""
+    request = head + b" HTTP/1.1\r\nHost: localhost\r\nExpect: tea\r\nContent-Length: 0\r\n\r\n"
+    assert await exchange(door, request) == 417
+    await still_well(door)
+
+
+@pytest.mark.parametrize("lane", [b"", b"X-General: 1"], ids=["express", "general"])
+async def test_idle_time_does_not_cut_off_a_request_that_is_being_answered(tmp_path: Path, lane: bytes) -> None:
+    """An answer that takes longer than idle_timeout arrives; so does a body that comes slowly."""
+    slow = Settings(listen=Listen(idle_timeout=0.2, body_timeout=30), ingest=Ingest(ack="stores", max_wait=0.7))
+    request = post(GOOD, lane) if lane else GOOD_REQUEST
+    async with open_door(tmp_path / "spool", slow) as door:
+        wire = await Wire.open(door)
+        await wire.send(request)
+        assert await asyncio.wait_for(wire.status(), 10) == 202
+        assert await wire.closed()
+        await wire.close()
+        wire = await Wire.open(door)
+        await wire.send(request[:-1])
+        await asyncio.sleep(0.5)  # the fault is a timer that fires in this time
+        await wire.send(request[-1:])
+        assert await asyncio.wait_for(wire.status(), 10) == 202
+        await wire.close()
 
 
 async def test_a_split_head_is_no_slow_head(door: Door) -> None:
