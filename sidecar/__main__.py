@@ -12,6 +12,7 @@ EXIT CODES
 4     the spool failed: EIO or a failed fsync; a restart recovers
 5     a store, or the running sidecar that was asked, could not be reached or refused
 130   interrupted from the keyboard
+141   whoever read the output has gone (``| head``)
 ====  =====================================================================================================
 
 A verb is one row of ``VERBS``: its name, one line of help, its arguments and the function that runs it. The parts
@@ -56,6 +57,7 @@ EXIT_CODES: Final[Mapping[type[SidecarError], int]] = MappingProxyType(
 )
 EXIT_NEGATIVE: Final = 1
 EXIT_INTERRUPTED: Final = 130
+EXIT_NO_READER: Final = 141  # as a shell says of a program that SIGPIPE ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,12 +274,17 @@ def main(argv: Sequence[str] | None = None, verbs: Sequence[Verb] = VERBS) -> in
     """Run one verb and return its exit code; an error of the tree becomes one line on stderr."""
     args = build_parser(verbs).parse_args(argv)
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
     except SidecarError as error:
         print(f"sidecar: {error}", file=sys.stderr)  # noqa: T201  (the command line speaks by printing)
         return exit_code(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered at exit
+        return EXIT_NO_READER
+    return code
 
 
 if __name__ == "__main__":
