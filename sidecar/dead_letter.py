@@ -16,7 +16,8 @@ from functools import partial
 from typing import Final, Protocol, TypeVar
 
 from sidecar.clock import Clock
-from sidecar.errors import ConfigError
+from sidecar.errors import ConfigError, RetryClass
+from sidecar.phase import STORES
 from sidecar.spool import Counters, DeadLetter, view
 
 _WINDOW: Final = 200  # outcomes looked at
@@ -24,6 +25,18 @@ _ENOUGH: Final = 50  # fewer decide nothing
 _PAGE: Final = 32  # letters of one page, bodies included: at most 11 MiB
 _KEYS: Final = 500  # of one change
 _T = TypeVar("_T")
+
+_HOLDERS: Final = (*STORES, "door")
+_CLASSES: Final = (*(each.value for each in RetryClass), "refused")
+
+
+def check_names(store: str | None, retry_class: str | None) -> None:
+    """Raises ConfigError for a store or class that no dead letter can have: a typing error must not look like none."""
+    for name, seen, allowed in (("store", store, _HOLDERS), ("reason", retry_class, _CLASSES)):
+        if seen is not None and seen not in allowed:
+            raise ConfigError(
+                f"dead-letter {name}", seen=seen[:64], allowed=", ".join(allowed), hint="correct it, or leave it out"
+            )
 
 
 class Brake:
@@ -105,7 +118,8 @@ class Selection:
     everything: bool = False
 
     def check(self) -> None:
-        """Raises ConfigError where nothing was selected, or ids together with a class, which would be a guess."""
+        """Raises ConfigError where nothing was selected, or a name is unknown, or ids come with a class: a guess."""
+        check_names(self.store, self.retry_class)
         if not (self.log_ids or self.store or self.retry_class or self.everything):
             raise ConfigError(
                 "dead-letter selection",

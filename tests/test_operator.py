@@ -332,6 +332,59 @@ def test_discard_needs_a_reason_and_a_selection(files, capsys):
     assert (code, out) == (0, "1 dead letters discarded\n")
 
 
+@pytest.mark.parametrize("verb", ["redrive", "discard"])
+@pytest.mark.parametrize(("flag", "value"), [("--store", "postgre"), ("--reason", "permanant")])
+def test_a_misspelt_store_or_class_is_refused_and_not_taken_for_an_empty_one(files, capsys, verb, flag, value):
+    """Saying 0 dead letters would be a lie; so in listings and exports."""
+    config, _, _ = files
+    for words in ([verb, "--why", "x"], ["ls"], ["export"]):
+        code, out, err = run(capsys, "dead-letter", *words, flag, value, "--config", config)
+        assert (code, out) == (2, "")
+        assert value in err
+        assert "allowed" in err
+
+
+def test_a_discard_for_a_blank_reason_is_refused(files, capsys):
+    """The audit trail would have to invent one."""
+    config, _, _ = files
+    code, out, err = run(capsys, "dead-letter", "discard", "--all", "--why", " ", "--config", config)
+    assert (code, out) == (2, "")
+    assert "--why" in err
+    code, out, _ = run(capsys, "dead-letter", "discard", "--all", "--why", "known", "--config", config)
+    assert (code, out) == (0, "1 dead letters discarded\n")
+
+
+def test_a_table_shows_a_clients_control_characters_and_does_not_send_them(files, capsys):
+    """A refused record's field is named by its sender: it must not move the cursor or forge a line."""
+    config, directory, _ = files
+
+    async def refuse() -> None:
+        options = SpoolSettings(directory=str(directory), allow_volatile=True, ballast_bytes=0)
+        spool = Spool.open(directory, options, Dedup(), STORES, SystemClock())
+        await spool.refuse([(b"{}", "\x1b[2Jred\r\n\u009bforged", "unknown field")])
+        await spool.close()
+
+    asyncio.run(refuse())
+    _, out, _ = run(capsys, "dead-letter", "ls", "--store", "door", "--config", config)
+    assert len(out.splitlines()) == 2
+    assert r"\x1b[2Jred\r\n\x9bforged" in out
+    assert out.replace("\n", "").isprintable()
+
+
+def test_a_reader_that_goes_ends_the_command_without_a_trace(files):
+    """``| head`` is no defect."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "sidecar", "dead-letter", "export", "--config", str(files[0])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+        assert process.wait(30) == 141
+
+
 def test_export_of_dead_letters_holds_the_records(files, capsys):
     """As NDJSON, filtered as asked."""
     config, _, records = files
@@ -362,6 +415,23 @@ def test_wait_on_the_files_ends_at_once(files, capsys):
     code, _, err = run(capsys, "wait", "--config", config)
     assert code == 1
     assert "no sidecar runs, and 14 records are pending" in err
+
+
+def test_wait_counts_what_is_owed_to_be_decided(files, capsys):
+    """An acknowledged record of a fenced instance is pending for no store yet, and it is not delivered."""
+    config, directory, _ = files
+
+    async def fill() -> None:
+        options = SpoolSettings(directory=str(directory), allow_volatile=True, ballast_bytes=0)
+        spool = Spool.open(directory, options, Dedup(), STORES, SystemClock())
+        batch = [a_record("f"), a_record("f")]
+        await spool.append(batch, [encode(r) for r in batch], Obligation(1, frozenset(), unresolved=True))
+        await spool.close()
+
+    asyncio.run(fill())
+    code, _, err = run(capsys, "wait", "--config", config)
+    assert code == 1
+    assert "16 records are pending" in err
 
 
 @pytest.mark.parametrize("words", [["drain"], ["spool", "ls"], ["dead-letter", "redrive", "--all"]])

@@ -37,7 +37,7 @@ from sidecar.api.body import Budget
 from sidecar.api.document import read_document
 from sidecar.api.errors import answer
 from sidecar.api.guard import Guard
-from sidecar.dead_letter import DeadLetters, Selection
+from sidecar.dead_letter import DeadLetters, Selection, check_names
 from sidecar.errors import BadRequest, ConfigError, NotFound, SidecarError
 from sidecar.phase import STORES
 from sidecar.screening.identity import canonical
@@ -173,7 +173,7 @@ class Control:
     # --- dead letters ----------------------------------------------------------------------------------------------
 
     async def _list_letters(self, request: web.Request) -> web.Response:
-        given = _query(request, "store", "reason", "after", "limit", "payload")
+        given = _letters_query(request, "after", "limit", "payload")
         payload = _truth(given, "payload")
         most = _MOST_WITH_PAYLOAD if payload else _MOST_LISTED
         limit = _number(given, "limit", default=min(100, most), least=1, most=most)
@@ -208,7 +208,7 @@ class Control:
         return answer(200, {"records": await change(chosen, who=who, reason=why)})
 
     async def _export_letters(self, request: web.Request) -> web.StreamResponse:
-        given = _query(request, "store", "reason")
+        given = _letters_query(request)
         await self.guard.admitted(request, "payload exported", _listed(given))
         found = self.letters.every(store=given.get("store"), retry_class=given.get("reason"))
         return await _stream(request, (documents.letter(letter, payload=True) async for letter in found))
@@ -330,6 +330,15 @@ def _query(request: web.Request, *allowed: str) -> Mapping[str, str]:
         if len(request.query.getall(name)) > 1:
             raise BadRequest(f"{name}: given more than once; give it once")
     return request.query
+
+
+def _letters_query(request: web.Request, *more: str) -> Mapping[str, str]:
+    given = _query(request, "store", "reason", *more)
+    try:
+        check_names(given.get("store"), given.get("reason"))
+    except ConfigError as error:
+        raise BadRequest(f"query: {error}") from None
+    return given
 
 
 def _number(given: Mapping[str, str], name: str, *, default: int, least: int, most: int) -> int:

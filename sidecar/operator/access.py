@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from sidecar.clock import SystemClock
-from sidecar.dead_letter import DeadLetters, Selection
+from sidecar.dead_letter import DeadLetters, Selection, check_names
 from sidecar.errors import SpoolRefused
 from sidecar.operator.client import Client, actor
 from sidecar.phase import STORES
@@ -214,6 +214,7 @@ class Stopped:
 
     def letters(self, store: str | None, reason: str | None, *, payload: bool) -> Iterator[Document]:
         """See Access."""
+        check_names(store, reason)
         with StoppedSpool(self._directory) as spool:
             for letter in spool.letters():
                 if store in (None, letter.store) and reason in (None, letter.retry_class):

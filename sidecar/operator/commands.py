@@ -163,8 +163,13 @@ def _letters_ls(args: argparse.Namespace, access: Access) -> int:
 def _letters_change(args: argparse.Namespace, access: Access) -> int:
     chosen = Selection(tuple(map(_id, args.id)), args.store, args.reason, args.all)
     chosen.check()
-    change, done = (access.redrive, "tried again") if args.verb == "redrive" else (access.discard, "discarded")
-    number = change(chosen, args.why.strip() or "redriven from the command line")
+    why = args.why.strip()
+    if args.verb == "redrive":
+        number, done = access.redrive(chosen, why or "redriven from the command line"), "tried again"
+    elif why:
+        number, done = access.discard(chosen, why), "discarded"
+    else:
+        raise ConfigError("--why", seen=args.why, allowed="a reason", hint="say why these records may be given up")
     print(f"{number} dead letters {done}")  # noqa: T201
     return 0 if number or not chosen.log_ids else _EXIT_NO
 
@@ -223,13 +228,18 @@ def _print_lines(lines: Iterable[Document], what: str = "") -> int:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Columns as wide as the first rows need; a later, wider value only shifts its own line."""
-    shown: Iterator[list[str]] = ([str(v) if v is not None else "" for v in row] for row in rows)
+    shown: Iterator[list[str]] = ([printable(str(v)) if v is not None else "" for v in row] for row in rows)
     first = [list(head), *(row for _, row in zip(range(100), shown, strict=False))]
     widths = [max(len(row[i]) for row in first) for i in range(len(head))]
     for row in first:
         print("  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip())  # noqa: T201
     for row in shown:
         print("  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip())  # noqa: T201
+
+
+def printable(text: str) -> str:
+    """Control characters spelt out: a client's field names stand in tables, and a terminal obeys what it is shown."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 _Command = Callable[[argparse.Namespace, Access], int]
