@@ -78,8 +78,13 @@ OBSERVATIONS: Mapping[str, Observation] = {
         "counter", "Records found damaged on disk and kept aside; a lower bound."
     ),
     "spool_wal_damage_total": Observation("counter", "Damages found in the spool's log at start."),
+    "spool_undecided_records": Observation(
+        "gauge", "Records accepted while fenced: who is owed them is decided when the fleet's phase is known again."
+    ),
     "backpressure_active": Observation("gauge", "1 while ingest answers 503, by reason.", ("reason",)),
-    "undelivered_at_exit": Observation("gauge", "Records pending when the last run stopped.", _STORE),
+    "undelivered_at_exit": Observation(
+        "gauge", "Records that this start found undelivered; undecided: owed to stores yet to be decided.", _STORE
+    ),
     "shadow_sample_share": Observation("gauge", "Share of reads that is repeated on the other store now."),
     "dedup_ids": Observation("gauge", "Ids in the dedup window."),
     # Of a backfill's own process, with --ops.

@@ -49,6 +49,7 @@ def observe_spool(metrics: Metrics, spool: Spool, stores: Sequence[str], clock: 
     metrics.observe("spool_free_disk_bytes", lambda: [((), float(state().free_disk_bytes))])
     metrics.observe("spool_quarantined_records_total", lambda: [((), float(state().quarantined_records))])
     metrics.observe("spool_wal_damage_total", lambda: [((), float(state().wal_damage))])
+    metrics.observe("spool_undecided_records", lambda: [((), float(spool.ledger.unresolved_records))])
     metrics.observe("dedup_ids", lambda: [((), float(state().dedup_ids))])
 
 
@@ -117,6 +118,7 @@ def spool_status(spool: Spool) -> dict[str, object]:
     """The part of ``/status`` about the buffer."""
     return {
         **asdict(spool.state()),
+        "undecided_records": spool.ledger.unresolved_records,
         "dead_letters": {f"{store}/{kind}": n for (store, kind), n in spool.dead_letter_counts().items()},
         "divergence": [{"present_in": a, "missing_from": b, "records": n} for (a, b), n in spool.divergence().items()],
         "recovery": list(spool.recovery.messages),

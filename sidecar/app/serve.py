@@ -148,9 +148,8 @@ class _Sidecar:
         for message in self._spool.recovery.messages:
             log.warning("spool recovered", extra={"what": message})
         observe.observe_spool(self._metrics, self._spool, STORES, self._clock)
-        left = self._spool.meta("undelivered_at_exit") or ""
-        counts = dict(pair.split("=", 1) for pair in left.split(",") if pair)
-        self._metrics.observe("undelivered_at_exit", lambda: [((s,), float(counts.get(s, 0))) for s in STORES])
+        found = [((name,), float(left)) for name, left in self._left().items()]
+        self._metrics.observe("undelivered_at_exit", lambda: found)
 
     async def _serve(self) -> int:
         self._phased = await open_phase(
@@ -397,8 +396,13 @@ class _Sidecar:
 
     # -- stop ----------------------------------------------------------------------------------------------------
 
+    def _left(self) -> dict[str, int]:
+        """Records acknowledged and not delivered: by store, and those that a fenced instance could not decide."""
+        left = {name: self._spool.counters(name).pending for name in STORES}
+        return left | {"undecided": self._spool.ledger.unresolved_records}
+
     def _pending(self) -> int:
-        return sum(self._spool.counters(name).pending for name in STORES)
+        return sum(self._left().values())
 
     async def _drain(self) -> None:
         """Go on accepting until shortly before the deadline, deliver what can be delivered (semantics, section 5)."""
@@ -425,7 +429,5 @@ class _Sidecar:
             return _EXIT_SPOOL_FAILED
         await self._phase.leave()
         await self._consistency.leave()
-        left = {name: self._spool.counters(name).pending for name in STORES}
-        await self._spool.set_meta("undelivered_at_exit", ",".join(f"{s}={n}" for s, n in left.items()))
-        log.info("stopped", extra={f"undelivered_{name}": n for name, n in left.items()})
+        log.info("stopped", extra={f"undelivered_{name}": n for name, n in self._left().items()})
         return 0

@@ -26,6 +26,7 @@ _CONFLICT: Final = (
     "the same log_id was accepted before with other content; the first wins, so mint a new id for this one"
 )
 _UNSETTLED: Final = frozenset({"pending", "deferred"})
+_UNDECIDED: Final = "undecided"  # of a fenced instance: owed, to whom the fleet's phase says
 _ROOM_SECONDS: Final = 10.0  # that a request waits while the spool makes room
 _STATUS_POLL: Final = 0.05  # seconds between two looks at duplicates that somebody waits for
 
@@ -377,13 +378,13 @@ class Intake:
         if receipt is not None:
             for log_id, stores in (await self._spool.fates(receipt, list(mine))).items():
                 if not _is_delivered(stores, required):
-                    states[mine[log_id]] = stores
+                    states[mine[log_id]] = stores or dict.fromkeys(sorted(required), _UNDECIDED)
         for index in outcome.duplicates:
             found = await self._spool.status(outcome.log_ids[index] or "")
             if found is None:
                 states[index] = dict.fromkeys(sorted(required), "not_in_local_retention")
             elif not _is_delivered(found.stores, required):
-                states[index] = found.stores
+                states[index] = found.stores or dict.fromkeys(sorted(required), _UNDECIDED)
         return states
 
     def _obligation(self, standing: Standing) -> Obligation:

@@ -1,7 +1,8 @@
 """``sidecar wait``: until nothing is pending, for a preStop hook or a script. Needs no token: it reads ``/status``.
 
-Empty means that no store is owed anything at the moment of one answer; dead letters do not count, they wait for an
-operator. Where no sidecar runs, nobody delivers: then the files say whether it is empty, and waiting ends at once.
+Empty means that no store is owed anything at the moment of one answer, and that no record of a fenced instance waits
+for the fleet's phase; dead letters do not count, they wait for an operator. Where no sidecar runs, nobody delivers:
+then the files say whether it is empty, and waiting ends at once.
 """
 
 import argparse
@@ -43,13 +44,14 @@ def _of_sidecar(client: Client, timeout: float | None) -> int:
     first: int | None = None
     try:
         while True:
-            stores = client.get("/status")["stores"]
-            left = sum(store["account"]["pending"] for store in stores.values())
+            status = client.get("/status")
+            stores, undecided = status["stores"], status["spool"]["undecided_records"]
+            left = undecided + sum(store["account"]["pending"] for store in stores.values())
             delivered = sum(store["account"]["delivered"] for store in stores.values())
             first = delivered if first is None else first
             if not left:
                 return 0
-            progress.show(delivered - first, left, _states(stores))
+            progress.show(delivered - first, left, _states(stores, undecided))
             if end is not None and time.monotonic() >= end:
                 progress.close()
                 sys.stderr.write(f"sidecar wait: {left} records are still pending after {timeout:g} s\n")
@@ -59,17 +61,21 @@ def _of_sidecar(client: Client, timeout: float | None) -> int:
         progress.close()
 
 
-def _states(stores: dict[str, Any]) -> str:
-    """The stores that are not simply up."""
-    return "; ".join(
+def _states(stores: dict[str, Any], undecided: int) -> str:
+    """The stores that are not simply up, and what waits for the fleet's phase."""
+    found = [
         f"{name} {store['state']}" + (f" ({store['reason']})" if store["reason"] else "")
         for name, store in stores.items()
         if store["state"] != "up" and store["account"]["pending"]
-    )
+    ]
+    if undecided:
+        found.append(f"{undecided} undecided: this instance has lost touch with the fleet")
+    return "; ".join(found)
 
 
 def _of_files(stopped: Stopped) -> int:
-    left = sum(row["pending"] for row in stopped.accounts())
+    undecided = sum(frame["records"] for frame in stopped.frames() if frame.get("undecided"))
+    left = undecided + sum(row["pending"] for row in stopped.accounts())
     if not left:
         return 0
     sys.stderr.write(

@@ -294,6 +294,31 @@ async def test_sigterm_with_both_stores_down_ends_in_time_and_a_drain_delivers_e
     assert await lines(sidecar, "spool", "export", "--spool", str(copied)) == []
 
 
+async def test_what_a_fenced_instance_accepted_is_counted_wherever_what_is_left_is_counted(stand, http):
+    """Owed to be decided is not delivered: wait says so, /status and metrics, the last line and the next start."""
+    await stand.sql.refuse()
+    stand.dynamo.on("*", Reset())
+    fleet = {"enabled": True, "heartbeat": "200ms", "fence_after": "2s"}
+    brief = {"timeout": "1s", "stop_accepting_before": "500ms"}
+    sidecar = await controlled(stand, fleet=fleet, drain=brief).start()  # reaches no store, so it starts fenced
+    headers = {"Prefer": "wait=0"}
+    async with http.post(f"{sidecar.url}/logs", json={"service_name": "s"}, headers=headers) as answer:
+        assert answer.status == 202
+        assert (await answer.json())["stores"] == {"dynamodb": "undecided", "postgres": "undecided"}
+    await command(sidecar, "wait", "--timeout", "0.5", code=1)
+    assert (await sidecar.json("/status"))["spool"]["undecided_records"] == 1
+    assert (await sidecar.metrics())["sidecar_spool_undecided_records"] == 1
+    sidecar.terminate()
+    assert await sidecar.exit_code(10) == 0
+    assert sidecar.events()[-1]["undelivered_undecided"] == 1
+    await sidecar.start()
+    assert (await sidecar.metrics())['sidecar_undelivered_at_exit{store="undecided"}'] == 1
+    await stand.sql.normal()
+    stand.dynamo.clear()
+    await command(sidecar, "wait", "--timeout", "30")
+    assert len(await both(stand)) == 1
+
+
 async def test_a_drain_after_a_kill_delivers_what_was_stamped_and_says_what_it_cannot(stand, http):
     """Obligations count, not the configuration's phase; a dead letter is left, named, and the exit code is 1."""
     sidecar = await controlled(stand, phase="dual_write").start()
