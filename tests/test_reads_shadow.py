@@ -204,6 +204,23 @@ async def test_a_record_in_an_open_gap_of_the_store_that_lacks_it_is_no_mismatch
             assert bool(stand.shadow.status()["last_mismatches"]) == (result != "expected_gap")
 
 
+@pytest.mark.parametrize("pattern", ASKS)
+@pytest.mark.parametrize("lacking", ["dynamodb", "postgres"])
+async def test_a_record_that_the_store_which_lacks_it_keeps_no_longer_has_expired(pattern, lacking):
+    """Time to live and retention explain it, each for its own store and only beyond its days."""
+    mismatch = "missing" if lacking == "dynamodb" else "extra"
+    for days, of, result in ((1, lacking, "expired"), (36_500, lacking, mismatch), (1, None, mismatch)):
+        async with running(ReadsStand()) as stand:
+            whose = of or ("postgres" if lacking == "dynamodb" else "dynamodb")
+            stand.keep(whose, days)
+            await stand.write(batch(), "postgres" if lacking == "dynamodb" else "dynamodb")
+            await stand.write([r for r in batch() if r.log_id != log_id(3)], lacking)
+            await ASKS[pattern](stand.reads)
+            assert await compared(stand) == {(pattern, result): 1}
+            assert bool(stand.shadow.status()["last_mismatches"]) == (result == mismatch)
+            assert stand.shadow.totals() == {"compared": 1, "unexplained": int(result == mismatch)}
+
+
 @pytest.mark.parametrize("phase", [Phase.SQL_ONLY, Phase.DYNAMO_ONLY])
 async def test_no_other_store_is_read_where_the_phase_has_none(phase):
     """Phases 0 and 3 repeat nothing."""

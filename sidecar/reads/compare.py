@@ -9,6 +9,8 @@ CLASSES (label ``result`` of ``shadow_reads_total``), the first that applies:
 ``extra``         the other store has a record that the served answer lacks (a count: the other has more)
 ``order``         the same records, in another order
 ``in_flight``     they differed, but in records that may still be on their way; or a moment later not any more
+``expired``       records so old that the store which lacks them has removed them (``dynamodb.ttl_days``,
+                  ``validation.postgres_retention_days``)
 ``expected_gap``  records that the gap ledger says the other store (or, extra, the serving one) was never given
 ``slow``          the same answer, but much later than the served one, or not in time
 ``match``         the same answer
@@ -45,6 +47,7 @@ class Outcome(StrEnum):
     ERROR = "error"
     SLOW = "slow"
     IN_FLIGHT = "in_flight"
+    EXPIRED = "expired"
     EXPECTED_GAP = "expected_gap"
 
 

@@ -10,9 +10,9 @@ is throttled, down or blocked. An error, a throttle or a slow answer halves the 
 
 PROOF OF A MISMATCH. A difference is looked at again after ``RECHECK`` seconds, on both stores; gone, it was
 ``in_flight``. What remains is split by record: one that this sidecar still owes, or one younger than
-``phases.max_lag``, may still be on its way; one in an open gap of the store that lacks it is known to be missing there
-(``expected_gap``); any other is a mismatch. Ids and field names of the last mismatches are
-kept for ``/status``; values never are.
+``phases.max_lag``, may still be on its way; one that the store which lacks it keeps no longer has ``expired``; one in
+an open gap of that store is known to be missing there (``expected_gap``); any other is a mismatch. Ids and field names
+of the last mismatches are kept for ``/status``; values never are.
 
 THE PROBE. An application that only writes gives nothing to repeat. So where no comparison was made for
 ``reads.shadow_probe`` seconds, a record is taken from the serving store, and a question that it answers to is put to
@@ -29,7 +29,7 @@ from typing import Final
 from sidecar.clock import Clock
 from sidecar.errors import StoreError
 from sidecar.metrics import Metrics
-from sidecar.phase import Policy, StoreName
+from sidecar.phase import DYNAMODB, Policy, StoreName
 from sidecar.reads.compare import MISMATCHES, Differences, Outcome, compare
 from sidecar.reads.pace import Pace
 from sidecar.reads.questions import ById, CountOf, PageOf, Question, Result, ask_within
@@ -43,7 +43,7 @@ _QUEUED: Final = 8  # answers that wait to be compared
 _QUEUED_BYTES: Final = 8 * 1024 * 1024
 _SLOW_FACTOR: Final = 4
 _SLOW_AT_LEAST: Final = 0.5  # seconds; faster is never called slow
-_COMPARED: Final = frozenset({Outcome.MATCH, Outcome.IN_FLIGHT, Outcome.EXPECTED_GAP}) | MISMATCHES
+_COMPARED: Final = frozenset({Outcome.MATCH, Outcome.IN_FLIGHT, Outcome.EXPIRED, Outcome.EXPECTED_GAP}) | MISMATCHES
 _KEPT: Final = 20  # mismatches shown in /status
 _NAMED: Final = 10  # ids of one mismatch shown
 _DAY_US: Final = 86_400_000_000
@@ -230,6 +230,10 @@ class Shadow:
         extra = {i: t for i, t in again.extra.items() if not await self._on_its_way(i, t, served.served_by)}
         explained = Outcome.IN_FLIGHT
         if missing or extra:
+            explained = Outcome.EXPIRED
+            missing = {i: t for i, t in missing.items() if not self._expired(name, t)}
+            extra = {i: t for i, t in extra.items() if not self._expired(served.served_by, t)}
+        if missing or extra:
             explained = Outcome.EXPECTED_GAP
             missing = {i: t for i, t in missing.items() if not await self._gap(name, t, t)}
             extra = {i: t for i, t in extra.items() if not await self._gap(served.served_by, t, t)}
@@ -257,8 +261,14 @@ class Shadow:
         young = self._clock.now_us() - born < self._settings().phases.max_lag * 1e6
         return young or await self._owed(log_id, log_timestamp, lacking)
 
+    def _expired(self, lacking: StoreName, log_timestamp: int) -> bool:
+        """Whether a store keeps records of that time no longer."""
+        settings = self._settings()
+        days = settings.dynamodb.ttl_days if lacking == DYNAMODB else settings.validation.postgres_retention_days
+        return days is not None and log_timestamp <= self._clock.now_us() - days * _DAY_US
+
     async def _explained_count(self, name: StoreName, served: Served, seen: Differences) -> Outcome:
-        """What explains a count: records on their way where the range reaches into the last moments, or an open gap."""
+        """What explains a count: a range that reaches into the last moments or past what is kept, or an open gap."""
         if (seen.missing and seen.extra) or not isinstance(served.question, CountOf):
             return seen.outcome
         asked = served.question.query
@@ -266,6 +276,8 @@ class Shadow:
         if self._clock.now_us() - asked.end < lag or self._trouble(name) is not None:
             return Outcome.IN_FLIGHT
         lacking = name if seen.missing else served.served_by
+        if self._expired(lacking, asked.start):
+            return Outcome.EXPIRED
         return Outcome.EXPECTED_GAP if await self._gap(lacking, asked.start, asked.end) else seen.outcome
 
     # -- the probe -------------------------------------------------------------------------------------------------

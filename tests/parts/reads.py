@@ -118,6 +118,15 @@ class ReadsStand:
         changed: ReadSettings = msgspec.structs.replace(self.settings.reads, **reads)
         self.settings = msgspec.structs.replace(self.settings, reads=changed, phases=phases)
 
+    def keep(self, store: StoreName, days: int) -> None:
+        """That store removes records which are older."""
+        if store == "dynamodb":
+            options = msgspec.structs.replace(self.settings.dynamodb, ttl_days=days)
+            self.settings = msgspec.structs.replace(self.settings, dynamodb=options)
+        else:
+            kept = msgspec.structs.replace(self.settings.validation, postgres_retention_days=days)
+            self.settings = msgspec.structs.replace(self.settings, validation=kept)
+
     async def write(self, batch: Any, *names: StoreName) -> None:
         """Into these stores, or both."""
         for name in names or STORES:
