@@ -9,7 +9,7 @@ from aiohttp import web
 from sidecar.api.body import encoding_of, read_body
 from sidecar.api.errors import answer
 from sidecar.api.parts import PARTS, ApiParts
-from sidecar.errors import BadRequest, UnsupportedMedia
+from sidecar.errors import BadRequest, MalformedBody, UnsupportedMedia
 from sidecar.intake import Outcome
 from sidecar.phase import Policy
 from sidecar.screening import Form, Refused, check_key
@@ -21,7 +21,7 @@ _FORMS: Final = {
     "application/ndjson": Form.LINES,
     "application/jsonl": Form.LINES,
 }
-_WAIT: Final = re.compile(r'(?:^|,)\s*wait\s*=\s*"?([0-9]{1,9})"?\s*(?=[,;]|$)', re.IGNORECASE)
+_WAIT: Final = re.compile(r'(?:^|,)\s*wait\s*=\s*"?([0-9]+)"?\s*(?=[,;]|$)', re.IGNORECASE)
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -35,6 +35,8 @@ async def post_logs(request: web.Request) -> web.Response:
     key = headers.get("Idempotency-Key")
     if key is not None:
         check_key(key)
+        if len(headers.getall("Idempotency-Key")) > 1:
+            raise MalformedBody("Idempotency-Key: given more than once, so the ids would be a guess; give it once")
     strict = bool(request.query_string) and _strict(request)
     wait = preferred_wait(headers.getall("Prefer", ()), settings.ingest)
     body = await read_body(

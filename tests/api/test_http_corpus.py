@@ -130,6 +130,7 @@ CASES = [
     ),
     Case("HTTP/1.0", post(GOOD).replace(b"HTTP/1.1", b"HTTP/1.0"), 202),
     Case("Expect: 417", post(GOOD, b"Expect: tea"), 417),
+    Case("two Idempotency-Keys", post(GOOD, b"Idempotency-Key: a", b"Idempotency-Key: b"), 400),
     # framing
     Case("CL and TE", chunked(GOOD, fields=(b"Content-Length: 5",)), 400),
     Case("two lengths", post(GOOD, b"Content-Length: 5"), 400),
