@@ -104,8 +104,9 @@ class _Handlers:
         if mode == "estimate":
             if group is not None:
                 raise BadRequest("group_by: does not go with mode=estimate; leave one of them out")
-            about = await self._reads.estimate(query)
-            said |= {"count": about.value.count, "exact": False, "mode": mode, "method": about.value.method}
+            about, as_of = await self._reads.estimate(query)
+            said |= {"count": about.value.count, "exact": False, "mode": mode, "as_of": timestamp_text(as_of)}
+            said["method"] = about.value.method
             return answer(200, said, headers_of(about))
         found = await self._reads.count(query, cast("CountGroup | None", group))
         numbers = found.value

@@ -167,15 +167,16 @@ class Reads:
         groups = None if group is None else totals
         return _with(answer, Numbers(sum(totals.values()), groups, as_of), answer.consistency)
 
-    async def estimate(self, query: CountQuery) -> Answer[Estimate]:
-        """About how many, cheaply, and how that was made."""
+    async def estimate(self, query: CountQuery) -> tuple[Answer[Estimate], int]:
+        """About how many, cheaply, and how that was made; and when that began (microseconds since the epoch)."""
         settings = self._settings().reads
         _check_range(query.start, query.end, _ESTIMATE_MAX_DAYS, "an estimate")
         if query.service_name is not None:
             _check_service(settings, query.service_name)
         elif settings.services is not None:
             raise Forbidden("service_name: reads.services restricts reads, so an estimate needs one of its services")
-        return await self._serve("count", lambda store: store.estimate(query))
+        as_of = self._clock.now_us()
+        return await self._serve("count", lambda store: store.estimate(query)), as_of
 
     async def _answer(self, question: Question) -> Answer[Result]:
         started = self._clock.monotonic()
