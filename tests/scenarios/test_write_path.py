@@ -88,6 +88,37 @@ async def test_a_connection_over_the_cap_is_told_so_and_the_others_are_served(st
     assert not [event for event in sidecar.events() if event["level"] == "error"]
 
 
+async def test_what_clients_send_makes_no_series(stand, http):
+    """10,000 services, ids, users, field names, routes and mappings of the clients' choice: the labels stay ours."""
+    sidecar = await stand.sidecar(phase="sql_only").start()
+
+    async def storm(name: str) -> set[str]:
+        records = [
+            {"service_name": f"{name}-{n}", "correlation_id": f"{name}-{n}", "user_id": f"{name}-{n}", "log_type": name}
+            for n in range(5_000)
+        ]
+        await post(http, sidecar, records)
+        await post(http, sidecar, [{"service_name": "s", f"{name}-{n}": n} for n in range(100)], status=207)
+        for n in range(10):
+            for path in (
+                f"/{name}-{n}",
+                f"/logs/{name}-{n}",
+                f"/logs?correlation_id={name}-{n}",
+                f"/ingest/{name}-{n}",
+            ):
+                async with http.get(sidecar.url + path) as answer:
+                    await answer.read()
+            async with http.post(f"{sidecar.url}/ingest/{name}-{n}", json=[]) as answer:
+                assert answer.status == 404
+        await sidecar.drained()
+        return set(await sidecar.metrics())
+
+    first = await storm("canary-a")
+    assert await storm("canary-b") == first
+    assert not [sample for sample in first if "canary" in sample]
+    assert len(first) < 1_000
+
+
 async def test_a_record_written_once_is_found_by_correlation_id_in_both_stores(stand, http):
     """The specification's own integration test (L560-596)."""
     sidecar = await stand.sidecar().start()
