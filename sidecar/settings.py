@@ -68,7 +68,8 @@ class Ingest(_Section, frozen=True):
     # stored size of one record; 350 KiB always fits DynamoDB's 400 KB item
     max_record_bytes: Annotated[int, msgspec.Meta(ge=1024, le=350 * KIB, title="bytes")] = 256 * KIB
     max_depth: Annotated[int, msgspec.Meta(ge=4, le=500)] = 64  # nesting of JSON
-    max_future: Seconds = 24 * 3600.0  # a log_timestamp further ahead is refused
+    # a log_timestamp further ahead is refused; never more than a day, for which readers know the shards of DynamoDB
+    max_future: Annotated[float, msgspec.Meta(ge=0, le=86_400, title="seconds")] = 24 * 3600.0
     max_wait: Seconds = 30.0  # upper bound of `Prefer: wait=`
     ack: Literal["durable", "stores"] = "durable"  # stores = every request waits as with Prefer: wait=max_wait
 
@@ -250,7 +251,8 @@ class Reload(_Section, frozen=True):
 class Logging(_Section, frozen=True):
     """The sidecar's own log: JSON, one line each, never a payload."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"  # lowest that is written
+    # lowest that is written; debug: a line for each record that a store has
+    level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class Assertions(_Section, frozen=True):

@@ -269,12 +269,21 @@ class _Run:
         if delivered:
             self._unknown = 0
             self._owner.brake.delivered(delivered)
+            if log.isEnabledFor(logging.DEBUG):
+                self._name_delivered(chunk, result.failures)
         if result.failures:
             self._partly(ticket, chunk, result.failures, delivered)
             return
         self._pace.succeeded(ticket, delivered, self._clock.monotonic())
         for piece in chunk:
             self._decided(piece.load, len(piece))
+
+    def _name_delivered(self, chunk: Chunk, failures: Sequence[Failure]) -> None:
+        """A line of debugging for each record that the store has now (specification L105)."""
+        failed = {failure.index for failure in failures}
+        for index, record in enumerate(records_of(chunk)):
+            if index not in failed:
+                log.debug("delivered", extra={"store": self._owner.name, "log_id": record.log_id})
 
     def _partly(self, ticket: Ticket, chunk: Chunk, failures: Sequence[Failure], delivered: int) -> None:
         """The store named records that it did not take."""

@@ -325,3 +325,17 @@ def test_the_brake_lets_single_poison_pass_and_stops_a_flood():
     assert brake.engaged
     brake.delivered(1)
     assert brake.allows()
+
+
+async def test_at_debug_each_record_that_a_store_has_is_named_and_no_other(tmp_path: Path, caplog) -> None:
+    """Once, by its id, without a payload; at info there is no such line."""
+    store = Answering(lambda batch: WriteResult((Failure(0, RetryClass.PERMANENT, "no", "23514"),)) if batch else None)
+    async with delivering(tmp_path, store) as (spool, _):
+        for level, expected in (("DEBUG", [record(2).log_id]), ("INFO", [])):
+            with caplog.at_level(level, "sidecar.shipper"):
+                caplog.clear()
+                await accept(spool, [record(1), record(2)])
+                await settled(spool)
+                lines = [each for each in caplog.records if each.getMessage() == "delivered"]
+                assert [each.log_id for each in lines] == expected  # type: ignore[attr-defined]
+                assert all(each.store == "postgres" for each in lines)  # type: ignore[attr-defined]
