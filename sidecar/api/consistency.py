@@ -33,7 +33,7 @@ from sidecar.consistency import Known, Window
 from sidecar.errors import BadRequest
 from sidecar.phase import StoreName
 from sidecar.screening.identity import canonical
-from sidecar.screening.timestamps import Timestamps
+from sidecar.screening.timestamps import EARLIEST, LATEST, Timestamps
 
 _DAY_US: Final = 86_400_000_000
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
@@ -210,13 +210,21 @@ def parse_bound(name: str, text: str, *, end: bool) -> int:
         found = Timestamps().parse(text)
     except ValueError as error:
         raise BadRequest(f"{name}: {error}; write {_SHAPE}; in a query string write + as %2B") from None
-    return found + _DAY_US - 1 if whole_day and end else found
+    if not end:
+        return found
+    # The end of a window is the instant after its last one, and the calendar has none after LATEST.
+    return min(found + _DAY_US - 1 if whole_day else found, LATEST - 1)
+
+
+def day_before(end: int) -> int:
+    """Where a window of the last 24 hours begins."""
+    return max(end - _DAY_US, EARLIEST)
 
 
 def _window(given: Mapping[str, str], now_us: int) -> Window:
     """Both ends inclusive, as the specification compares; the last 24 hours where none is given."""
     end = parse_bound("endDate", given["endDate"], end=True) + 1 if "endDate" in given else now_us
-    start = parse_bound("startDate", given["startDate"], end=False) if "startDate" in given else end - _DAY_US
+    start = parse_bound("startDate", given["startDate"], end=False) if "startDate" in given else day_before(end)
     if start >= end:
         name = "startDate" if "startDate" in given else "endDate"
         raise BadRequest(f"{name}: the window is empty; startDate must not be after endDate")

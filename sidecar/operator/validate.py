@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import msgspec
 
-from sidecar.api.consistency import parse_bound
+from sidecar.api.consistency import day_before, parse_bound
 from sidecar.app.consistency import ask_others, build_repair, build_validator, home_of
 from sidecar.app.delivery import build_stores
 from sidecar.clock import Clock, SystemClock
@@ -41,7 +41,6 @@ from sidecar.verdicts import RunLine
 
 EXITS: Final[Mapping[str, int]] = {"clean": 0, "divergent": 1}
 COULD_NOT: Final = 2
-_DAY_US: Final = 86_400_000_000
 _POLL: Final = 0.5  # seconds between two looks at a sidecar's account
 _ASK: Final = "/api/control/whereabouts"
 _AT_ONCE: Final = 1_000  # ids in one question
@@ -253,7 +252,7 @@ def _window(args: argparse.Namespace, now_us: int) -> Window:
         return Window.all_until(now_us)
     try:
         end = parse_bound("--end", args.end, end=True) + 1 if args.end else now_us
-        start = parse_bound("--start", args.start, end=False) if args.start else end - _DAY_US
+        start = parse_bound("--start", args.start, end=False) if args.start else day_before(end)
     except BadRequest as error:
         raise ConfigError("--start, --end", seen=f"{args.start}, {args.end}", allowed=str(error)) from None
     if start >= end:

@@ -203,6 +203,9 @@ async def test_hostile_parameters_are_refused_by_name_and_reach_no_store(stand, 
     for query, word in (("startDate=2026-01-15&startDate=2026-01-15", "startDate"), ("start=2026-01-15", "startDate")):
         status, document, _ = await get(http, sidecar, f"{path}?{query}")
         assert (status, word in document["error"]["message"]) == (400, True)
+    for query in ("startDate=0001-01-01&endDate=9999-12-31", "endDate=0001-01-01T00:00:00Z"):
+        status, document, _ = await get(http, sidecar, f"{path}?{query}")
+        assert (status, document.get("outcome")) == (200, "clean"), document
     status, _, _ = await get(http, sidecar, f"{path}?reveal=true")
     assert status == 401
     for route in ("repair", "validation/stop"):
