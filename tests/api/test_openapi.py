@@ -5,6 +5,7 @@ from aiohttp import web
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from sidecar.api import openapi, query
+from sidecar.errors import Busy
 from sidecar.record import FIELDS
 from sidecar.settings import Reads as ReadSettings
 from sidecar.settings import Settings
@@ -66,3 +67,30 @@ def test_the_bounds_are_the_defaults_of_the_settings():
     """Limit's maximum and default are those of the code."""
     limit = openapi.words()["components"]["parameters"]["Limit"]["schema"]
     assert (limit["maximum"], limit["default"]) == (ReadSettings().max_limit, 100)
+
+
+async def test_the_headers_that_matter_to_programs_are_described(tmp_path):
+    """What an answer says in its own headers stands in the words of that answer."""
+    async with open_door(tmp_path, Settings()) as door:
+        found = openapi.words()
+        record = {"service_name": "s"}
+        unknown = "/logs/01a22967-d56a-7325-83f8-1029eababf70"
+        answers = [
+            ("/logs", "post", await door.post(record, {"Prefer": "wait=0"})),
+            ("/logs", "post", await door.post([record, {}], {"Prefer": "wait=0"})),
+            ("/logs/{log_id}", "get", await door.get(unknown)),
+        ]
+        door.closed = Busy("fail_closed", "closed by the test", 1)
+        answers.append(("/logs", "post", await door.post(record)))
+        for path, method, (status, _, headers) in answers:
+            described = openapi_headers(found, found["paths"][path][method]["responses"][str(status)])
+            own = {n for n in headers if n.startswith("X-") or n in ("Preference-Applied", "Retry-After")}
+            assert own
+            assert own <= described, (path, status)
+
+
+def openapi_headers(document, answer):
+    """Names of the headers that the words of an answer have."""
+    if "$ref" in answer:
+        answer = document["components"]["responses"][answer["$ref"].rpartition("/")[2]]
+    return set(answer.get("headers", {}))
