@@ -130,7 +130,10 @@ class Committer:
             self._die(exc)
 
     def _die(self, cause: BaseException) -> None:
-        """Fail everybody. The connection stays open on purpose: closing it would checkpoint on a failed disk."""
+        """Fail everybody. The connection stays open on purpose: closing it would checkpoint on a failed disk.
+
+        The interpreter closes it all the same when the process ends; ``disk.keep_log`` is for that.
+        """
         if isinstance(cause, sqlite3.Error) and schema.code(cause) in _CORRUPT:
             self.ask_for_repair()
         error = SpoolFailed(f"the spool's disk failed: {type(cause).__name__}: {cause}; restart to recover")
@@ -399,6 +402,7 @@ class Committer:
         self._connection.close()
         self._position.write(disk.CLEAN, self._last_seq, self._accepted)
         self._position.sync().close()
+        (self._directory / disk.KEPT).unlink(missing_ok=True)
         error = SpoolFailed("the spool is closed")
 
         def tell() -> None:

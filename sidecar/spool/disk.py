@@ -1,5 +1,7 @@
 """The directory that the spool lives in: who may use it, whether it is durable, how much room there is."""
 
+import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -13,6 +15,8 @@ from sidecar.errors import SpoolLocked, SpoolRefused
 
 DATABASE: Final = "spool.db"
 WAL: Final = "spool.db-wal"
+KEPT: Final = "spool.db-wal.kept"
+FOUND: Final = "spool.db-wal.found"
 REPAIR: Final = "repair"
 REBUILT: Final = "spool.db.rebuilt"
 BALLAST: Final = "ballast"
@@ -104,6 +108,49 @@ def create_private(path: Path) -> None:
         os.fchmod(fd, 0o600)
     finally:
         os.close(fd)
+
+
+_NO_LINK: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSPC, errno.EDQUOT})
+
+
+def keep_log(directory: Path) -> None:
+    """Give the write-ahead log a second name, until a stop in order, so that it outlives each closing of SQLite.
+
+    SQLite copies the log into the file and deletes it whenever the connection is closed, at the end of a process too:
+    after an error of the disk that is a repetition of what failed, and the next start misses the log. Whatever is in
+    it may be copied again without harm: the file was written from it alone. A file system that has no second names, or
+    no room for one, goes without.
+
+    Raises:
+        OSError: the disk answers with errors.
+    """
+    log, kept = directory / WAL, directory / KEPT
+    if not log.exists() or (kept.exists() and kept.samefile(log)):
+        return
+    kept.unlink(missing_ok=True)
+    try:
+        kept.hardlink_to(log)
+    except OSError as exc:
+        if exc.errno not in _NO_LINK:
+            raise
+
+
+def restore_log(directory: Path) -> None:
+    """Where SQLite deleted the log at the end of a process that failed, give it its name back."""
+    if not (directory / WAL).exists():
+        with contextlib.suppress(FileNotFoundError):
+            (directory / KEPT).rename(directory / WAL)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put a file with these bytes in the place of ``path``, durably, whole or not at all."""
+    making = path.with_name(f"{path.name}.making")
+    making.unlink(missing_ok=True)  # of an attempt that was cut off
+    create_private(making)
+    making.write_bytes(data)
+    sync_file(making)
+    making.rename(path)
+    sync_directory(path.parent)
 
 
 def free_bytes(directory: Path) -> int:

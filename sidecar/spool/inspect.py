@@ -84,8 +84,8 @@ class StoppedSpool:
             raise SpoolRefused(f"spool.directory: there is no {disk.DATABASE} in {directory}; check the path")
         self._lock = disk.Lock(directory)
         self._fd = os.open(directory / disk.DATABASE, os.O_RDONLY)
-        log = directory / disk.WAL
-        self._log = wal.walk(log.read_bytes() if log.exists() else b"")
+        log = next((each for name in (disk.WAL, disk.KEPT) if (each := directory / name).exists()), None)
+        self._log = wal.walk(log.read_bytes() if log is not None else b"")
         self._overlay = {f.page: f for f in self._log.frames[: self._log.kept]}
         self._position = disk.Position.read(directory)
         self._roots = dict(salvage.roots(self._fetch))

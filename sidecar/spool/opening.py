@@ -51,6 +51,12 @@ class Opened:
     loaded: Loaded
     report: RecoveryReport
 
+    def close(self) -> None:
+        """Let go of all of it: the start has failed after all."""
+        self.loaded.connection.close()
+        self.position.close()
+        self.lock.release()
+
 
 class _Missing(Exception):
     """Records are missing from a file that looks sound."""
@@ -90,20 +96,31 @@ def open_directory(
     """
     disk.prepare(directory)
     disk.require_durable(directory, allow_volatile=settings.allow_volatile)
-    with contextlib.ExitStack() as undo:
-        try:
-            lock = disk.Lock(directory)
-            undo.callback(lock.release)
-            plan = _Plan(directory, settings, dedup, stores, clock, connector)
-            opened = _open_locked(plan, lock, undo)
-        except sqlite3.Error as exc:
-            if schema.code(exc) in _LOCKED:
-                raise SpoolLocked(f"spool.directory: {directory} is in use by another process; stop it") from exc
-            raise SpoolFailed(f"spool.directory: {directory}: {exc}; look at the volume") from exc
-        except OSError as exc:
-            raise SpoolFailed(f"spool.directory: {directory}: {exc.strerror}; look at the volume") from exc
+    with contextlib.ExitStack() as undo, translated(directory):
+        lock = disk.Lock(directory)
+        undo.callback(lock.release)
+        plan = _Plan(directory, settings, dedup, stores, clock, connector)
+        opened = _open_locked(plan, lock, undo)
         undo.pop_all()
     return opened
+
+
+@contextlib.contextmanager
+def translated(directory: Path) -> Iterator[None]:
+    """What goes wrong with the disk while a spool is opened, in one line.
+
+    Raises:
+        SpoolLocked: another process has the file.
+        SpoolFailed: every other error of SQLite or of the operating system.
+    """
+    try:
+        yield
+    except sqlite3.Error as exc:
+        if schema.code(exc) in _LOCKED:
+            raise SpoolLocked(f"spool.directory: {directory} is in use by another process; stop it") from exc
+        raise SpoolFailed(f"spool.directory: {directory}: {exc}; look at the volume") from exc
+    except OSError as exc:
+        raise SpoolFailed(f"spool.directory: {directory}: {exc.strerror}; look at the volume") from exc
 
 
 def _open_locked(plan: _Plan, lock: disk.Lock, undo: contextlib.ExitStack) -> Opened:
@@ -117,8 +134,12 @@ def _open_locked(plan: _Plan, lock: disk.Lock, undo: contextlib.ExitStack) -> Op
         position.name(last.names if last else ())
         position.write(disk.OPENING, last.seq if last else 0, dict(enumerate(last.accepted if last else ())))
         position.sync()
+    disk.keep_log(directory)
+    disk.sync_directory(directory)
     loaded, found = _open_database(plan, last, found, quarantine)
     undo.callback(loaded.connection.close)
+    recovery.done(loaded.connection, directory, found, quarantine)
+    disk.keep_log(directory)
     ballast = disk.Ballast(directory, settings.ballast_bytes)
     ballast.make()
     disk.sync_directory(directory)

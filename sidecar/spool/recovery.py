@@ -57,38 +57,36 @@ class Quarantine:
     """The directory of this start's damaged files, made when the first one comes."""
 
     def __init__(self, directory: Path, clock: Clock) -> None:
-        self._parent = directory
+        self.directory = directory
         stamp = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=clock.now_us())
         self._name = f"quarantine-{stamp:%Y%m%dT%H%M%S.%fZ}"
 
     @property
     def path(self) -> Path:
         """The directory; made and made durable at the first call."""
-        path = self._parent / self._name
+        path = self.directory / self._name
         if not path.exists():
             path.mkdir(mode=0o700)
-            disk.sync_directory(self._parent)
+            disk.sync_directory(self.directory)
         return path
 
     def keep(self, name: str, data: bytes) -> None:
         """Keep bytes under a name."""
-        disk.create_private(self.path / name)
-        (self.path / name).write_bytes(data)
-        disk.sync_file(self.path / name)
-        disk.sync_directory(self.path)
+        disk.replace(self.path / name, data)
 
-    def move(self, name: str) -> None:
-        """Put a file aside, if it is there."""
-        if (self._parent / name).exists():
-            (self._parent / name).rename(self.path / name)
+    def move(self, name: str, to: str = "") -> None:
+        """Put a file aside, if it is there, under its own name or another."""
+        if (self.directory / name).exists():
+            (self.directory / name).rename(self.path / (to or name))
             disk.sync_directory(self.path)
-            disk.sync_directory(self._parent)
+            disk.sync_directory(self.directory)
 
 
 def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine) -> Findings:
     """Look at the files before SQLite does; what SQLite would drop is taken into memory, the log is copied aside."""
     found = Findings()
-    database, log = directory / disk.DATABASE, directory / disk.WAL
+    database, log, as_found = (directory / name for name in (disk.DATABASE, disk.WAL, disk.FOUND))
+    disk.restore_log(directory)
     there = _has_bytes(database)
     if last is None and (there or _has_bytes(directory / "position")):
         # It is on the disk before the database is; without it a log that was cut short looks whole.
@@ -108,9 +106,8 @@ def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine)
         quarantine.move(disk.REPAIR)
     if there and not found.repair:
         found.repair = not _is_ours(database, last)
-    if log.exists():
-        found.log = wal.walk(log.read_bytes())
-        _judge(found, found.log, database, there=there)
+    if log.exists() or as_found.exists():
+        _judge(found, as_found if as_found.exists() else log, database, there=there)
     elif there and (last is None or last.state == disk.RUNNING):
         found.wal_damage = 1
         found.repair = True  # pages may have been copied in part
@@ -159,9 +156,20 @@ def _is_ours(database: Path, last: disk.Mark | None) -> bool:
     return False  # position says that it was one
 
 
-def _judge(found: Findings, log: wal.Walk, database: Path, *, there: bool) -> None:
+def _judge(found: Findings, path: Path, database: Path, *, there: bool) -> None:
+    """Walk the log. Where commits stand behind a failure they are salvaged, and the log is kept as it was found.
+
+    For what is committed next overwrites them: a start that does not live to commit what it salvaged leaves it to the
+    next one.
+    """
+    log = found.log = wal.walk(path.read_bytes())
+    if log.frames and not there:
+        disk.create_private(database)
+        found.repair = True  # SQLite deletes a log whose file is empty
     if log.transactions_lost and there:
         found.behind = salvage.from_log(log, database)
+        if path.name != disk.FOUND:
+            disk.replace(path.with_name(disk.FOUND), log.data)
     if log.damaged:
         found.wal_damage = max(1, log.bad_frames)
         found.messages.append(
@@ -184,7 +192,8 @@ def compare(connection: sqlite3.Connection, last: disk.Mark | None, found: Findi
         return
     found.lower_bound = True
     if found.log is not None:
-        quarantine.keep(disk.WAL, found.log.data)
+        if not (quarantine.directory / disk.FOUND).exists():
+            quarantine.keep(disk.WAL, found.log.data)
         found.messages.append(f"spool: {disk.WAL} as it was found is kept in {quarantine.path.name}")
     if found.behind is not None:
         _take_over(connection, found.behind, reached, found)
@@ -255,11 +264,31 @@ def exchange(directory: Path, quarantine: Quarantine) -> bool:
     """Put a finished new file in the place of the damaged one, which is kept; True where there was one."""
     if not (directory / disk.REBUILT).exists():
         return False
+    disk.restore_log(directory)
     quarantine.move(disk.DATABASE)
     quarantine.move(disk.WAL)
+    quarantine.move(disk.FOUND)
+    (directory / disk.KEPT).unlink(missing_ok=True)
+    disk.create_private(directory / disk.WAL)  # empty: a start that ends now is not taken for one that lost it
+    disk.keep_log(directory)
     (directory / disk.REBUILT).rename(directory / disk.DATABASE)
     disk.sync_directory(directory)
     return True
+
+
+def done(connection: sqlite3.Connection, directory: Path, found: Findings, quarantine: Quarantine) -> None:
+    """What was found is committed: take it out of the log, and put the log as it was found aside, or away."""
+    if found.log is not None and found.log.transactions_lost:
+        # Left there, behind what is committed from now on, it would look like damage to every later start.
+        try:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.Error as exc:
+            if schema.code(exc) != sqlite3.SQLITE_FULL:
+                raise
+    if found.wal_damage:
+        quarantine.move(disk.FOUND, disk.WAL)
+    else:
+        (directory / disk.FOUND).unlink(missing_ok=True)
 
 
 def set_aside_frames(

@@ -39,12 +39,18 @@ FAILURE AT EACH STAGE
   (``max_page_count`` is raised for them, the ballast file is unlinked when the disk itself is full).
 * Any other error of SQLite, a failed fsync among them: the thread stops, all who wait and all later calls get
   SpoolFailed, nothing is tried again, the connection is not even closed (closing would checkpoint).
+* A start that fails, a process that ends after an error: SQLite closes, copies the log into the file and deletes it.
+  ``spool.db-wal.kept`` is a second name of the log, from the start to a stop in order: the next start gives it the
+  first one back, so that a log which is missing is always one that was lost.
+* Killed in the middle of a repair: what stood behind a damage in the log is overwritten by the commit that takes it
+  over. ``spool.db-wal.found`` is the log as it was found, until that commit is durable; the next start reads it.
 * Damage found while running that needs a repair leaves the file ``repair`` behind; the next start salvages.
 * Unclean stop: ``position`` says so. The write-ahead log is walked before SQLite opens it (``wal``); SQLite drops
   everything after a damaged frame without a word. Damaged files are kept in ``quarantine-<time>/``, never deleted.
 
-Files beside ``spool.db``: ``spool.db-wal``, ``lock``, ``position`` (state and last acknowledged commit, written after
-each commit without fsync: it survives a kill and betrays a log that was cut short), ``ballast``, ``repair``.
+Files beside ``spool.db``: ``spool.db-wal`` (and the two above), ``lock``, ``position`` (state and last acknowledged
+commit, written after each commit without fsync: it survives a kill and betrays a log that was cut short), ``ballast``,
+``repair``.
 Deleted payloads stay in free pages until they are overwritten (secure_delete is off): protect the volume.
 """
 

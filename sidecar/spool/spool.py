@@ -1,6 +1,7 @@
 """The spool as the other parts see it. All calls come from one event loop; SQLite lives in one thread of its own."""
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -116,8 +117,12 @@ class Spool:
             SpoolRefused: volatile file system, newer schema, somebody else's file, no permission.
             SpoolFailed: the disk answers with errors.
         """
-        opened = opening.open_directory(directory, settings, dedup, stores, clock, connector=connect)
-        return cls(opened, directory, settings, clock)
+        with opening.translated(directory), contextlib.ExitStack() as undo:
+            opened = opening.open_directory(directory, settings, dedup, stores, clock, connector=connect)
+            undo.callback(opened.close)
+            spool = cls(opened, directory, settings, clock)
+            undo.pop_all()
+        return spool
 
     # --- writing ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from tests.faults.verdict import Violation, guilty, require
 from tests.spool.harness import crash_copy, deliver, open_spool
 from tests.spool.test_damage import _account_for, _write_spools
 
-FILES = (disk.DATABASE, disk.WAL, "position", "lock")
+FILES = (disk.DATABASE, disk.WAL, "position", disk.KEPT, "lock")
 
 
 def flip(path: Path, rng: random.Random) -> str:
@@ -50,8 +50,10 @@ def grow(path: Path, rng: random.Random) -> str:
 
 
 def lose(path: Path, _rng: random.Random) -> str:
-    """The file is gone."""
+    """The file is gone; the log under both of its names."""
     path.unlink()
+    if path.name == disk.WAL:
+        path.with_name(disk.KEPT).unlink(missing_ok=True)
     return "gone"
 
 
@@ -73,7 +75,7 @@ async def examples(row, root: Path, acked: set[str], count: int) -> int:
         directory = crash_copy(root / row.rng.choice(("killed", "stopped")), root / f"example-{n}")
         said = []
         for _ in range(row.rng.choice((1, 1, 1, 2))):
-            path = directory / row.rng.choice(FILES[: 3 if row.rng.random() < 0.9 else 4])
+            path = directory / row.rng.choice(FILES[: 3 if row.rng.random() < 0.8 else 5])
             if path.exists() and path.stat().st_size:
                 said.append(f"{path.name}: {row.rng.choice(KINDS)(path, row.rng)}")
         row.note("damage", files=said)
@@ -98,7 +100,8 @@ async def _plain(directory: Path, acked: set[str]) -> None:
     """What SQLite alone makes of a damaged log: opened, delivered, not counted."""
     with contextlib.closing(sqlite3.connect(directory / disk.DATABASE)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    (directory / "position").unlink()
+    for name in ("position", disk.KEPT):
+        (directory / name).unlink()
     spool = open_spool(directory)
     try:
         came = {record.log_id for record in await deliver(spool, "postgres")}
