@@ -41,13 +41,18 @@ class History:
         self.sent.update(hashes)
         self._line({"sent": hashes})
 
-    def answered(self, status: int, document: dict[str, Any]) -> None:
-        """After the answer was read; durable when this returns."""
+    async def answered(self, status: int, document: dict[str, Any]) -> None:
+        """After the answer was read; durable when this returns.
+
+        Flushed beside the loop: in it live the proxies that play the stores, and a busy disk takes its time. What was
+        read while nothing counted never counts, however late its flush.
+        """
+        counted = self.counting
         self.statuses[status] += 1
         ids = [i for i in document.get("log_ids", [document.get("log_id")]) if i] if status < 300 else []
-        self._line({"status": status, "phase": document.get("phase"), "acked": ids, "counts": self.counting})
-        os.fsync(self._fd)
-        if self.counting:
+        self._line({"status": status, "phase": document.get("phase"), "acked": ids, "counts": counted})
+        await asyncio.to_thread(os.fsync, self._fd)
+        if counted and self.counting:
             self.acked.update(dict.fromkeys(ids, document.get("phase", "")))
 
     def unanswered(self, why: str) -> None:
@@ -150,7 +155,7 @@ class Client:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             self.history.unanswered(repr(error))
             return None
-        self.history.answered(answer.status, document)
+        await self.history.answered(answer.status, document)
         return answer.status
 
     def session(self) -> aiohttp.ClientSession:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.faults import rows
 from tests.faults.disk import Disk, made
+from tests.faults.process import NURSERY
 from tests.faults.rows import Row
 from tests.scenarios.conftest import http, stand  # noqa: F401  (the stand of the scenarios, as fixtures)
 
@@ -15,12 +16,10 @@ from tests.scenarios.conftest import http, stand  # noqa: F401  (the stand of th
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without root, rows that need it are named as not run; in CI they fail where root or a tool is missing."""
     for item in items:
-        # asyncio may accept a connection in the very tick in which a proxy stops to listen; nobody can close that one.
-        item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
         if item.get_closest_marker("root") and os.geteuid() != 0 and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason="not run: needs root"))
         if not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(1800 if rows.is_long() else 300))  # a busy machine is slow, not wrong
+            item.add_marker(pytest.mark.timeout(7200 if rows.is_long() else 600))  # a busy machine is slow, not wrong
 
 
 @pytest.hookimpl(wrapper=True)
@@ -32,6 +31,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]"):
         for sidecar in stand_of_it.made if stand_of_it is not None else ():
             report.sections.append((f"log of {sidecar.base.name}", sidecar.tail()))
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nursery() -> Iterator[None]:
+    """The process that forks sidecars ends with the session."""
+    yield
+    NURSERY.close()
 
 
 @pytest.fixture

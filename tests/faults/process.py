@@ -6,11 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from tests.faults.nursery import Nursery
 from tests.parts.sidecar import ROOT, Sidecar, eventually
+
+NURSERY = Nursery()
 
 
 def launch(
@@ -22,22 +26,14 @@ def launch(
 ) -> None:
     """Start it, without waiting, ``under`` another program, ``without`` the guarantee that a sabotage takes out."""
     module = ["tests.faults.sabotaged", without] if without else ["sidecar"]
+    words = [*module, "serve", "--config", str(sidecar.mount.directory / "config.yaml")]
+    env = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true", **sidecar.environ, **(environ or {})}
+    if not under and not environ:
+        sidecar.process = NURSERY.launch(words, env, sidecar.log)
+        return
     with sidecar.log.open("ab") as log:
         sidecar.process = subprocess.Popen(
-            [
-                *under,
-                sys.executable,
-                "-m",
-                *module,
-                "serve",
-                "--config",
-                str(sidecar.mount.directory / "config.yaml"),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "AWS_EC2_METADATA_DISABLED": "true", **sidecar.environ, **(environ or {})},
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
+            [*under, sys.executable, "-m", *words], cwd=ROOT, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
 
 
@@ -61,6 +57,17 @@ async def began(sidecar: Sidecar) -> bool:
             raise
         return False
     return True
+
+
+async def advances(count: Callable[[], Awaitable[float]], wanted: float, *, still: float = 60.0, what: str) -> None:
+    """Await that a count reaches a number, however slow the machine is; fail only where it stands still so long."""
+    last, since = await count(), time.monotonic()
+    while last < wanted:
+        await asyncio.sleep(0.1)
+        now = await count()
+        if now > last:
+            last, since = now, time.monotonic()
+        assert time.monotonic() - since < still, f"not one more within {still} s: {what}, {last:.0f} of {wanted:.0f}"
 
 
 async def ended(sidecar: Sidecar, seconds: float = 20.0) -> int:

@@ -16,7 +16,7 @@ from tests.faults.verdict import drained, guilty, judge
 from tests.parts.fault_proxy import Hang, LoseReply, Refuse
 from tests.parts.sidecar import eventually
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(6000)]
 
 
 class Storm:

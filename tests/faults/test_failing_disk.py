@@ -135,7 +135,7 @@ async def slow_flushes(row, stand, seconds: float, when: str, without: str = "")
     workers = 4
     async with (
         injected(sidecar, files, rule, trace=stand.base / "trace", without=without) as ready,
-        Client(row, sidecar.url, workers=workers, batch=1, patience=60) as client,
+        Client(row, sidecar.url, workers=workers, batch=1, patience=120) as client,
     ):
         assert ready
         if when == "5+":
@@ -148,13 +148,13 @@ async def slow_flushes(row, stand, seconds: float, when: str, without: str = "")
             given = client.history.statuses[202] - answers
             require("early", given > possible and given, f"answers, where flushes allow {possible:.0f}")
         else:
-            await client.acked(200, 60)
+            await client.acked(200, 120)
         await client.stop()
         await sidecar.drained(60)
         await judge(client.history, stand, sidecar)
 
 
-@pytest.mark.parametrize(("seconds", "when"), [(0.01, "5+"), (1.0, "5+"), (5.0, "20")], ids=["10 ms", "1 s", "hang"])
+@pytest.mark.parametrize(("seconds", "when"), [(0.01, "5+"), (1.0, "5+"), (30.0, "20")], ids=["10 ms", "1 s", "hang"])
 async def test_f9_a_slow_disk_delays_answers_and_nothing_else(begin, stand, seconds, when):
     """F9: every flush 10 ms or 1 s late, or one that hangs: no 2xx ahead of it, metrics answer, nothing is lost."""
     await slow_flushes(begin("F9"), stand, seconds, when)

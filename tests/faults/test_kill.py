@@ -39,18 +39,18 @@ async def test_f1_control_an_answer_before_the_commit_is_found_guilty(begin, sta
         await kill_rounds(row, stand, 3, "ack_before_commit")
 
 
-CALLS = {"pwrite64": 60, "fdatasync": 25, "ftruncate": 2, "unlink": 2, "fallocate": 1}
+CALLS = {"pwrite64": 60, "fdatasync": 25, "ftruncate": 2, "unlink": 2, "fallocate": 1, "link": 1}
 """System calls of the spool's files, and how many of them a short life has."""
 
 
 async def point_rounds(row, stand, points: int, without: str = "") -> None:
     """Kill at the N-th call of one kind on the spool's files, whatever it is in the middle of; then judge."""
     sidecar = stand.sidecar(spool={"checkpoint_bytes": 262_144}, phase="dual_write_read_dynamo")
-    files = [sidecar.spool / name for name in ("spool.db", "spool.db-wal", "position", "ballast")]
+    files = [sidecar.spool / name for name in ("spool.db", "spool.db-wal", "spool.db-wal.kept", "position", "ballast")]
     hit = 0
     async with Client(row, sidecar.url, size=4_000) as client:
         for _ in range(points):
-            call = row.rng.choices(list(CALLS), weights=[8, 5, 1, 1, 1])[0]
+            call = row.rng.choices(list(CALLS), weights=[8, 5, 1, 1, 1, 1])[0]
             rule = f"{call}:signal=KILL:when={row.rng.randint(1, CALLS[call])}"
             row.note("kill at a call", rule=rule)
             trace = stand.base / "trace"

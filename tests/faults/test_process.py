@@ -13,7 +13,7 @@ import pytest
 from tests.faults.client import Client
 from tests.faults.process import ended, launch, start, tool
 from tests.faults.test_stores import heal, refuse, until_retried
-from tests.faults.verdict import drained, guilty, judge, require
+from tests.faults.verdict import drained, felt, guilty, judge, require
 from tests.parts.sidecar import Sidecar, eventually, free_port
 from tests.parts.tcp_proxy import reset
 
@@ -94,11 +94,11 @@ def memory_limit(size: int):
             time.sleep(0.05)
 
 
-async def backlog(row, stand, records: int, cache: int, size: int = 128 << 20) -> None:
-    """PostgreSQL down, a backlog larger than the memory allowed, then up."""
+async def backlog(row, stand, records: int, cache: int, size: int) -> None:
+    """PostgreSQL down, a backlog larger than the memory allowed (128 MiB), then up."""
     sidecar = stand.sidecar(phase="sql_only", spool={"tail_cache_bytes": cache})
-    client = Client(row, sidecar.url, size=4_000)
-    with memory_limit(size) as group, contextlib.closing(sidecar):
+    client = Client(row, sidecar.url, size=size)
+    with memory_limit(128 << 20) as group, contextlib.closing(sidecar):
         await refuse(stand, "postgres")
         words = [tool("sh"), "-c", f'echo $$ > {group}/tasks && exec "$@"', "sh"]
         await start(sidecar, under=words)
@@ -123,9 +123,9 @@ async def backlog(row, stand, records: int, cache: int, size: int = 128 << 20) -
 
 @pytest.mark.root
 async def test_f21_a_backlog_larger_than_memory_stays_on_disk(begin, stand):
-    """F21: 128 MiB, PostgreSQL down, 60,000 records of 2 KB: never killed, all delivered afterwards."""
+    """F21: 128 MiB, PostgreSQL down, 200,000 records of 0.5 to 1.5 KB: never killed, all delivered afterwards."""
     row = begin("F21")
-    await backlog(row, stand, 30_000 * row.rounds, 8 << 20)
+    await backlog(row, stand, 1000 * row.rounds, 8 << 20, 1_000)
 
 
 @pytest.mark.root
@@ -133,7 +133,7 @@ async def test_f21_control_a_backlog_in_memory_is_killed_and_still_loses_nothing
     """The control: a cache without a bound is killed for its memory; what was acknowledged is delivered."""
     row = begin("F21")
     with guilty("killed"):
-        await backlog(row, stand, 60_000, 1 << 30)
+        await backlog(row, stand, 60_000, 1 << 30, 4_000)
 
 
 @contextlib.asynccontextmanager
@@ -166,7 +166,7 @@ HOSTILE = (
 
 async def hostile(row, stand, ingest: dict, without: str = "") -> None:
     """Idle, slow, huge, deep and bombing clients, and beside them one that only wants to log."""
-    sidecar = stand.sidecar(phase="dual_write_read_dynamo", ingest=ingest, listen={"max_connections": 200})
+    sidecar = stand.sidecar(phase="dual_write_read_dynamo", ingest=ingest, listen={"max_connections": 1_100})
     await start(sidecar, without=without)
     async with Client(row, sidecar.url, workers=1, pause=0.01) as client:
         await client.acked(20)
@@ -191,7 +191,7 @@ async def hostile(row, stand, ingest: dict, without: str = "") -> None:
                         await writer.wait_closed()
 
         answered = client.history.statuses[202]
-        async with crowd(sidecar.app_port, 150):
+        async with crowd(sidecar.app_port, 1_000):
             for _ in range(3):
                 await asyncio.gather(*(attack(data) for data in HOSTILE for _ in range(4)))
             await client.acked(100)
@@ -203,11 +203,12 @@ async def hostile(row, stand, ingest: dict, without: str = "") -> None:
         assert client.history.statuses[202] > answered + 10
         await client.stop()
         await drained(sidecar)
+        await felt(sidecar, "http_requests_total", 'status="413"')
         await judge(client.history, stand, sidecar)
 
 
 async def test_f22_hostile_clients_cost_bounded_memory_and_nobody_elses_records(begin, stand):
-    """F22: 150 idle, and slow, huge, deep, pipelined and bombing ones: less than 100 MiB, the honest one sees 202."""
+    """F22: 1,000 idle, and slow, huge, deep, pipelined and bombing ones: less than 100 MiB, the honest one sees 202."""
     await hostile(begin("F22"), stand, {})
 
 

@@ -6,6 +6,8 @@
 ``invented``  a store holds what nobody sent, or what the record's phase did not demand
 ``half``      a record without an answer is in some of a phase's stores and not in the others
 ``account``   the metrics do not say what the stores say
+``died``      a delivery task ended with an exception and was started anew: a bug, whatever came of it
+``silent``    a fault that left no trace in the metrics (:func:`felt`)
 """
 
 import contextlib
@@ -97,12 +99,20 @@ async def judge(
         await _account(sidecar, found, letters)
 
 
+async def felt(sidecar: Sidecar, name: str, *labels: str, least: float = 1) -> None:
+    """Raise a violation where a fault left no counter: the samples of a metric with these labels, added up."""
+    metrics = await sidecar.metrics()
+    count = sum(v for k, v in metrics.items() if k.startswith(f"sidecar_{name}{{") and all(e in k for e in labels))
+    require("silent", count < least and f"{name} {labels} {count:.0f}", "the fault left no counter")
+
+
 async def _account(sidecar: Sidecar, found: Mapping[str, Mapping[str, Any]], letters: Mapping[str, set[str]]) -> None:
     metrics = await sidecar.metrics()
     try:
         adds_up(metrics)
     except AssertionError as error:
         raise Violation("account", str(error)) from error
+    require("died", sum(v for k, v in metrics.items() if "shipper_restarts_total{" in k), "delivery tasks")
     for store, rows in found.items():
         key = f'{{store="{store}"}}'
         require("account", metrics[f"sidecar_store_pending_records{key}"], f"pending for {store}")
