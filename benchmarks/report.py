@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import YARDSTICKS
 from benchmarks.plot import Axis, Line, chart
 from benchmarks.processes import REPOSITORY
 
@@ -63,7 +64,7 @@ def introduction(document: Json) -> str:
 
 def markdown(results: Sequence[Json]) -> str:
     """Cases, then bars."""
-    return "\n".join([*_loads(results), "", *_stories(results), "", *_bars(results), ""])
+    return "\n".join([*_loads(results), "", *_stories(results), "", *_yardstick(results), *_bars(results), ""])
 
 
 def _loads(results: Sequence[Json]) -> Iterator[str]:
@@ -88,6 +89,19 @@ def _stories(results: Sequence[Json]) -> Iterator[str]:
 
 def _tellable(key: str, value: object) -> bool:
     return isinstance(value, (int, float)) and key not in QUIET and not key.startswith("anonymous")
+
+
+def _yardstick(results: Sequence[Json]) -> Iterator[str]:
+    """How slow this machine was, by what the baselines cost on it."""
+    for result in results:
+        for (case, name), usual in YARDSTICKS.items():
+            if result["case"] == case and name in result["rows"]:
+                seen = result["rows"][name]["cpu_s_per_million"]
+                yield (
+                    f'Yardstick: `{name}` in "{case}" cost {seen:,.0f} CPU s per million records, {seen / usual:.2f}'
+                    f" times what it cost ({usual:,.0f}) where the absolute bars were set. Ratios need no correction."
+                )
+                yield ""
 
 
 def _bars(results: Sequence[Json]) -> Iterator[str]:

@@ -91,6 +91,10 @@ class SpoolPort(Protocol):
         """Deferred records due."""
         ...
 
+    def awaited(self, store: str) -> asyncio.Event:
+        """Set while somebody waits until the store has certain records."""
+        ...
+
     async def finish_deferred(self, item: Deferred, outcome: Leftover | None) -> None:
         """What became of one."""
         ...
@@ -235,6 +239,7 @@ class Accounted:
         self.next_due_us = self._spool.next_due_us
         self.due = self._spool.due
         self.finish_deferred = self._spool.finish_deferred
+        self.awaited = self._spool.awaited
 
     def cursor(self, store: str) -> Cursor:
         """See SpoolPort."""

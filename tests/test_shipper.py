@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from sidecar import settings
+from sidecar import shipper as shipper_module
 from sidecar.clock import SystemClock
 from sidecar.dead_letter import Brake
 from sidecar.errors import RetryClass, StoreError
@@ -133,6 +134,34 @@ async def test_poison_spread_over_many_small_frames_is_isolated_too(tmp_path):
         await settled(spool)
         assert len(await store.ids()) == 57
         assert spool.counters("postgres").dead_lettered == 3
+
+
+async def test_records_gather_and_share_a_call_and_a_lone_one_is_never_held_back(tmp_path, monkeypatch):
+    """The first goes at once, the next ten wait for each other, until somebody waits for one of them."""
+    monkeypatch.setattr(shipper_module, "_GATHER", 3600.0)
+    store = Answering()
+    async with delivering(tmp_path, store) as (spool, _):
+        await accept(spool, [record(0)])
+        await settled(spool)
+        assert store.calls == [1]
+        for n in range(1, 11):
+            receipt = await spool.append([record(n)], [encode(record(n))], OWED)
+        assert spool.counters("postgres").pending == 10
+        await spool.wait_settled(receipt, frozenset({"postgres"}))
+        await settled(spool)
+        assert store.calls == [1, 10]
+        assert not spool.awaited("postgres").is_set()
+
+
+async def test_what_fills_a_call_does_not_wait_for_more(tmp_path, monkeypatch):
+    """Gathering costs a busy store nothing: full calls follow each other at once."""
+    monkeypatch.setattr(shipper_module, "_GATHER", 3600.0)
+    store = Answering(limits=WriteLimits(20, 10**7, 2))
+    async with delivering(tmp_path, store) as (spool, _):
+        for first in range(0, 100, 20):
+            await accept(spool, [record(n) for n in range(first, first + 20)])
+            await settled(spool)
+        assert store.calls == [20] * 5
 
 
 async def test_a_transient_outage_of_any_length_costs_no_record_and_no_dead_letter(tmp_path):

@@ -40,6 +40,7 @@ from sidecar.spool.types import (
     Seen,
     SpoolState,
 )
+from sidecar.spool.waiting import Waiters
 from sidecar.spool.work import Append, Key, Read, Stats, Stop, Write
 
 _T = TypeVar("_T")
@@ -67,10 +68,10 @@ class Spool:
         self._meta = loaded.meta
         self._failed: SpoolFailed | None = None
         self._keys: dict[Obligation, Key] = {}
-        self._waiters: dict[tuple[str, int], list[asyncio.Future[None]]] = {}
+        self._waiters = Waiters(list(self.ledger.accounts))
         self._sender = MarkSender(self.ledger, self._submit, self._marks_written)
         self._base_us, self._base = clock.now_us(), clock.monotonic()
-        self.ledger.on_settled = self._wake_waiters
+        self.ledger.on_settled = self._waiters.settled
         self.ledger.on_done = self._done
         self._cursors = {
             name: StoreCursor(self, account, loaded.oldest_us.get(name))
@@ -233,11 +234,7 @@ class Spool:
         self._failed = error
         for cursor in self._cursors.values():
             cursor.wake()
-        for futures in self._waiters.values():
-            for future in futures:
-                if not future.done():
-                    future.set_exception(error)
-        self._waiters.clear()
+        self._waiters.fail(error)
         if self.on_failure is not None:
             self.on_failure(error)
 
@@ -282,12 +279,6 @@ class Spool:
     def accepting(self) -> bool:
         """False while appends are pushed back."""
         return not self._admission.reason and self._failed is None
-
-    def _wake_waiters(self, store: str, seq: int) -> None:
-        if self._waiters:
-            for future in self._waiters.pop((store, seq), ()):
-                if not future.done():
-                    future.set_result(None)
 
     def _done(self, header: Header) -> None:
         self._admission.drained(header.size)
@@ -376,18 +367,12 @@ class Spool:
             marks_of = self.ledger.accounts[name].marks
             for seq in receipt.seqs:
                 self.check()
-                if marks_of.covers(seq):
-                    continue
-                future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                waiting = self._waiters.setdefault((name, seq), [])
-                waiting.append(future)
-                try:
-                    await future
-                finally:
-                    if future.cancelled():
-                        waiting.remove(future)
-                        if not waiting:
-                            self._waiters.pop((name, seq), None)
+                if not marks_of.covers(seq):
+                    await self._waiters.wait(name, seq)
+
+    def awaited(self, store: str) -> asyncio.Event:
+        """Set while a caller of :meth:`wait_settled` waits for the store. Raises KeyError for an unknown name."""
+        return self._waiters.awaited(store)
 
     async def fates(self, receipt: Receipt, log_ids: Sequence[str]) -> Mapping[str, Mapping[str, Fate]]:
         """Per log_id of the receipt, per store owed: what became of it so far."""
@@ -482,9 +467,7 @@ class Spool:
             for name, cursor in self._cursors.items():
                 if name in obligation.owed:
                     cursor.rewind(resolution.lo, self.ledger.unresolved_us)
-            for name, seq in list(self._waiters):
-                if name not in obligation.owed and resolution.lo <= seq <= resolution.hi:
-                    self._wake_waiters(name, seq)
+            self._waiters.resolved(resolution.lo, resolution.hi, obligation.owed)
 
         await self.write(partial(marks.resolve, key=key), done)
         return concerned

@@ -280,7 +280,8 @@ async def test_wait_settled_waits_for_the_named_stores_only(tmp_path):
         assert not both.done()
         both.cancel()
         await asyncio.gather(both, return_exceptions=True)
-        assert spool._waiters == {}
+        assert not spool.awaited("dynamodb").is_set()
+        assert spool._waiters._futures == {}
         other = await put(spool, records(1), SQL_ONLY)
         await deliver(spool, "postgres")
         await asyncio.wait_for(spool.wait_settled(other, frozenset({"postgres", "dynamodb"})), 5)
