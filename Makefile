@@ -38,8 +38,7 @@ faults: $(STAMP)  ## the fault matrix with the long counts (ROWS=f3_ for one row
 	$(if $(ROWS),,VALIDATION_SECONDS=90 $(BIN)/pytest tests/scenarios/test_consistency.py -k under_load)
 
 ci-integration: $(STAMP)  ## real clients, a real browser, the rollout's real tools; root; at most 6 minutes
-	@PYTHON='$(PYTHON)' .ci/venv '$(VENV)' '.[k8s,page]'
-	set -e; for each in tests/integration/*/install; do PYTHON='$(PYTHON)' $$each; done
+	PYTHON='$(PYTHON)' VENV='$(VENV)' tests/integration/install
 	$(BIN)/pytest tests/integration -p no:schemathesis -n $(WORKERS) --dist loadfile $(INTEGRATION)
 
 bench: $(STAMP)  ## the sidecar beside the naive baselines (BENCH="--quick")

@@ -267,12 +267,22 @@ def _phases(s: Scale) -> tuple[Alert, ...]:
             "warning",
             f"{AT_APP}: {{{{ $value }}}} instances send no heartbeat and still count; no step is made",
         ),
+        Alert(
+            "SidecarFenced",
+            "phase",
+            f"max by ({POD}) (sidecar_fleet_fenced) == 1",
+            s.hold(MINUTE),
+            "critical",
+            f"{AT_POD}: out of touch with the fleet; reads answer 503, what is accepted waits to be decided",
+        ),
     )
 
 
 def _consistency(s: Scale) -> tuple[Alert, ...]:
     last = {kind: f"max by ({APP}) (sidecar_validation_last_{kind}_timestamp_seconds)" for kind in ("success", "clean")}
-    both_written = f'max by ({APP}) (sidecar_phase{{phase=~"dual_write|dual_write_read_dynamo"}}) == 1'
+    written = 'sidecar_phase{phase=~"dual_write|dual_write_read_dynamo"}'
+    both_written = f"max by ({APP}) ({written}) == 1"
+    both_written_before = f"max by ({APP}) ({written} offset {s.window(DAY)}) == 1"
     return (
         Alert(
             "SidecarDivergenceAge",
@@ -293,15 +303,18 @@ def _consistency(s: Scale) -> tuple[Alert, ...]:
         Alert(
             "SidecarValidationStale",
             "consistency",
-            f"(time() - {last['success']} > {s.seconds(DAY)}) and on ({APP}) ({both_written})",
+            # or both are written since a day, and there was never one: then the time of the last does not exist
+            f"(time() - {last['success']} > {s.seconds(DAY)}) and on ({APP}) ({both_written})"
+            f" or ((({both_written}) * {s.seconds(DAY)} and on ({APP}) ({both_written_before}))"
+            f" unless on ({APP}) {last['success']})",
             s.hold(15 * MINUTE),
             "warning",
-            f"{AT_APP}: the last complete validation is {{{{ $value | humanizeDuration }}}} old",
+            f"{AT_APP}: no validation has completed for {{{{ $value | humanizeDuration }}}}",
         ),
         Alert(
             "SidecarValidationNotClean",
             "consistency",
-            f"{last['success']} > {last['clean']}",
+            f"{last['success']} > {last['clean']} or ({last['success']} unless {last['clean']})",
             s.hold(15 * MINUTE),
             "warning",
             f"{AT_APP}: the last validation was not clean: something differs, or could not be decided",

@@ -337,6 +337,18 @@ ROWS: Final[tuple[Row, ...]] = (
         "Configuration and fleet",
         (
             Panel(
+                "What holds a step",
+                "Pods that say why the wanted phase is not in force yet. The runbook lists the gates by step.",
+                (Query(_gauge("sidecar_phase_held", "gate"), "{{gate}}"),),
+                width=12,
+            ),
+            Panel(
+                "Fenced instances",
+                "1: out of touch with the fleet. It accepts records, owed to be decided, and answers no read.",
+                (Query(_gauge("sidecar_fleet_fenced", "pod", "max"), "{{pod}}"),),
+                width=12,
+            ),
+            Panel(
                 "Configuration accepted",
                 "0: the mounted file was refused and the last good one is in force.",
                 (Query(_gauge("sidecar_config_last_reload_successful", "pod", "max"), "{{pod}}"),),

@@ -5,6 +5,7 @@ them. Durations are never written into an expression by hand: they come from a :
 rules can be watched firing and clearing within seconds.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,10 +23,12 @@ class Scale:
     Attributes:
         factor: what every duration is multiplied with; 1 in production.
         shortest_window: seconds; a range below it would hold too few scrapes to say anything.
+        longest: seconds; a range, an offset or a `for` that stays above it, the days and weeks, is cut to it.
     """
 
     factor: float = 1.0
     shortest_window: float = 0.0
+    longest: float = math.inf
 
     def seconds(self, value: float) -> str:
         """A threshold in seconds, as PromQL writes a number."""
@@ -33,11 +36,11 @@ class Scale:
 
     def window(self, value: float) -> str:
         """A range or an offset of that many seconds, as PromQL writes a duration."""
-        return duration(max(value * self.factor, self.shortest_window))
+        return duration(max(min(value * self.factor, self.longest), self.shortest_window))
 
     def hold(self, value: float) -> str:
         """How long an alert must stay true before it fires (``for``)."""
-        return duration(value * self.factor)
+        return duration(min(value * self.factor, self.longest))
 
 
 _UNITS: Final = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1_000, "s"), (1, "ms"))

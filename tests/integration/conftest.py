@@ -7,11 +7,6 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Name the mark of the one run that takes minutes, so that CI can run it as a job of its own."""
-    config.addinivalue_line("markers", "live: a real Prometheus on real sidecars, through every fault; minutes")
-
-
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave this directory out of a run that does not ask for it (``pytest``, ``make test``)."""
     named = (Path(str(argument).split("::")[0]).resolve() for argument in config.args)

@@ -225,6 +225,7 @@ CASES = (
         clears=42,
     ),
     gauge("SidecarFleetSilent", 'sidecar_fleet_instances{phase="dual_write",state="silent"}', bad=1, hold=10),
+    gauge("SidecarFenced", "sidecar_fleet_fenced", bad=1, hold=1),
     gauge("SidecarDivergenceAge", "sidecar_divergence_oldest_age_seconds", bad=901, good=3, hold=5),
     gauge(
         "SidecarDivergenceCount",
@@ -243,11 +244,31 @@ CASES = (
         fires=DAY + 20,
         clears=DAY + 42,
     ),
+    Case(  # never one at all: silent for the first day of writing to both
+        "SidecarValidationStale",
+        {
+            "sidecar_validation_last_success_timestamp_seconds": (none(10 + DAY + 40), steady(87_000, 40)),
+            'sidecar_phase{phase="dual_write"}': (steady(0, 10), steady(1, DAY + 80)),
+        },
+        quiet=DAY + 10,
+        fires=DAY + 30,
+        clears=DAY + 55,
+    ),
     Case(
         "SidecarValidationNotClean",
         {
             "sidecar_validation_last_success_timestamp_seconds": (steady(60, 10), steady(600, 40)),
             "sidecar_validation_last_clean_timestamp_seconds": (steady(60, 30), steady(600, 20)),
+        },
+        quiet=24,
+        fires=26,
+        clears=31,
+    ),
+    Case(  # the very first one was not clean: there is no time of a clean one
+        "SidecarValidationNotClean",
+        {
+            "sidecar_validation_last_success_timestamp_seconds": (none(10), steady(600, 40)),
+            "sidecar_validation_last_clean_timestamp_seconds": (none(30), steady(1800, 20)),
         },
         quiet=24,
         fires=26,

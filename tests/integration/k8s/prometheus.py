@@ -82,6 +82,7 @@ class Prometheus:
         assert body["status"] == "success", (expression, body)
         return list(body["data"]["result"])
 
-    async def firing(self) -> set[str]:
-        """The names of the alerts that fire now."""
-        return {r["metric"]["alertname"] for r in await self.ask('ALERTS{alertstate="firing"}')}
+    async def firing(self) -> set[tuple[str, str]]:
+        """The alerts that fire now, each with its application."""
+        found = await self.ask('ALERTS{alertstate="firing"}')
+        return {(r["metric"]["app"], r["metric"]["alertname"]) for r in found}
