@@ -215,14 +215,17 @@ class ConsistencyService:
         )
 
     async def _refresh(self) -> None:
-        """What other instances and commands found is in the metrics of all: whoever is scraped says the same."""
+        """What other instances and commands found is in the metrics of all: whoever is scraped says the same.
+
+        With ``validation.interval: 0`` too: then commands and Jobs are all that compares.
+        """
         while True:
-            if self._due() and self._settings().validation.interval:
+            if self._due():
                 try:
                     self._last.take(await self._ledger.runs(_LOOKED_AT))
                 except StoreError as error:
                     log.info("verdicts not read", extra={"store": error.store, "reason": error.reason})
-            await self._clock.sleep(min(_REFRESH, max(1.0, self._settings().validation.interval)))
+            await self._clock.sleep(min(_REFRESH, max(1.0, self._settings().validation.interval or _REFRESH)))
 
     async def _note(self) -> None:
         """Late writes; what an earlier run left in the spool first."""

@@ -61,6 +61,25 @@ async def test_the_specifications_answer_of_a_clean_and_of_a_divergent_window(st
     stand.dynamo.clear()
 
 
+async def test_what_a_job_found_is_in_the_metrics_of_a_sidecar_that_compares_nothing_itself(stand, http):
+    """With the interval 0 too; else nobody could tell a nightly validation that works from one that does not."""
+    sidecar = await controlled(stand, validation=FAST).start()
+    await post(http, sidecar, [old() for _ in range(5)])
+    await sidecar.drained()
+    names = [f"sidecar_validation_last_{kind}_timestamp_seconds" for kind in ("success", "clean")]
+    assert not set(names) & set(await sidecar.metrics())
+    began = time.time()
+    await job(sidecar, "validate", "--all")
+    sidecar.kill()  # a running one looks once a minute
+    await sidecar.start()
+
+    async def told():
+        metrics = await sidecar.metrics()
+        return all(metrics.get(name, 0) >= began for name in names)
+
+    await eventually(told, seconds=60, what="the time of the job's validation")
+
+
 def loaded(n):
     """A record of now; every fifth is late, of yesterday, under an id that tells nothing of its age."""
     if n % 5:

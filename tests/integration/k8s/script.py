@@ -168,6 +168,7 @@ async def _the_disk_flips_a_bit(a: Application) -> AsyncIterator[None]:
     await pod.start()
     yield
     a.ddb_proxy.clear()
+    await a.validated("clean")  # a process that starts without DynamoDB does not know when that was last
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from prometheus_client import CollectorRegistry
 from k8s.monitoring import alerts, dashboard, panels
 from k8s.monitoring.__main__ import RUNBOOK, TARGET, prometheus_rule, rule_file
 from k8s.monitoring.promql import PHASES, Scale, duration
-from sidecar.__main__ import VERBS
+from sidecar import gates
+from sidecar.__main__ import VERBS, build_parser
 from sidecar.metrics import OBSERVATIONS, Metrics
 from sidecar.phase import Phase
 from tests.integration.k8s.faults import CASES, Case
@@ -162,12 +164,47 @@ def test_a_scaled_week_can_be_cut_to_what_a_run_can_wait_for():
     assert (scale.seconds(900), scale.window(900), scale.hold(900)) == ("0.9", "8s", "900ms")
 
 
-def test_the_runbook_names_no_command_that_does_not_exist():
-    """Whoever copies a command at night must not meet `invalid choice`."""
-    spans = re.findall(r"`([^`]+)`", runbook())
-    named = {verb for span in spans for verb in re.findall(r"(?:^|-- )sidecar ([a-z][a-z-]+)", span)}
-    assert named - {verb.name for verb in VERBS} == set()
-    assert {"validate", "backfill", "dead-letter"} <= named
+WORDS = {"PHASE": "dual_write", "TEXT": "why", "LOG_ID": "018f0000-0000-7000-8000-000000000000"}
+"""What stands for a value in a command line of the runbook; FILE, DIR and POD are as good as any."""
+
+
+def commands(text: str) -> list[str]:
+    """Every command line of ours in the text, as an operator would complete it."""
+    fence = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+    spans = re.findall(r"`([^`]+)`", fence.sub("", text).replace("\n", " "))
+    spans += "\n".join(fence.findall(text)).splitlines()
+    found = [re.search(r"^(?:kubectl [^|]*? -- )?sidecar ([a-z][a-z-]*(?: .*)?)$", span) for span in spans]
+    return [match[1] for match in found if match]
+
+
+def test_every_command_of_the_runbook_is_understood():
+    """Whoever copies one at night must not meet `invalid choice` or a missing argument."""
+    found = commands(runbook())
+    for line in found:
+        words = [WORDS.get(word, word) for word in shlex.split(line)]
+        try:
+            build_parser(VERBS).parse_args(words)
+        except SystemExit:
+            pytest.fail(f"sidecar {line}")
+    assert {"validate", "backfill", "dead-letter", "phase", "drain", "fleet"} <= {line.split()[0] for line in found}
+    with pytest.raises(SystemExit):  # and it can fail
+        build_parser(VERBS).parse_args(shlex.split(commands("`sidecar phase set PHASE`")[0]))
+
+
+def test_every_address_of_the_runbook_is_a_route():
+    """On the application's listener by the published description, on the ops listener by its four paths."""
+    known = set(json.loads((ROOT / "sidecar" / "api" / "openapi.json").read_text())["paths"])
+    text = runbook()
+    named = set(re.findall(r"localhost:8080(/[\w/-]*)", text)) | set(re.findall(r"`(?:GET|POST) (/[\w/-]+)", text))
+    shapes = {re.sub(r"\{\w+\}", "LOG_ID", path) for path in known}
+    assert named - shapes == set()
+    assert "/api/migration/history" in named
+    assert set(re.findall(r"localhost:9464(/\w+)", text)) <= {"/metrics", "/livez", "/readyz", "/healthz"}
+
+
+def test_every_gate_is_in_the_runbook():
+    """By the name that `sidecar phase plan` shows."""
+    assert [name for name in gates.NAMES if f"`{name}`" not in runbook()] == []
 
 
 def test_the_runbook_names_panels_and_files_that_exist():

@@ -1,0 +1,29 @@
+"""The Dockerfile and what it installs: linted, locked, and to be had for every machine."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.k8s.tools import ROOT, TOOLS, run, tool
+
+
+def test_hadolint_finds_nothing():
+    """Not one finding, and none is switched off."""
+    run([tool("hadolint"), "--failure-threshold", "style", str(ROOT / "Dockerfile")])
+    assert "hadolint ignore" not in (ROOT / "Dockerfile").read_text()
+
+
+def test_the_locked_requirements_are_those_of_the_project():
+    """Whoever changes a dependency writes the lock anew, or this fails."""
+    run([str(ROOT / "k8s" / "lock"), "--check"], env=os.environ | {"PATH": f"{TOOLS}/bin:{os.environ['PATH']}"})
+
+
+@pytest.mark.parametrize(("version", "machine"), [("3.12", "aarch64"), ("3.13", "x86_64")])
+def test_every_locked_package_has_a_wheel_with_a_listed_hash(version, machine, tmp_path: Path):
+    """No compiler in any image, whatever the architecture; this machine's Python is seen in the replay below."""
+    platforms = [f"--platform=manylinux{tag}_{machine}" for tag in ("2014", "_2_17", "_2_28")]
+    command = ["-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
+    target = ["--target", str(tmp_path), "--python-version", version, "--only-binary", ":all:", "--require-hashes"]
+    run([sys.executable, *command, *target, *platforms, "-r", str(ROOT / "requirements.txt")])
