@@ -80,6 +80,14 @@ class Pod(Sidecar):
         """As every sidecar, with more patience: several of them start at once here."""
         await super().ready(seconds)
 
+    async def drained(self, seconds: float = 90.0) -> None:
+        """As every sidecar, with the same patience."""
+        await super().drained(seconds)
+
+    async def exit_code(self, seconds: float = 90.0) -> int:
+        """As every sidecar, with the same patience."""
+        return await super().exit_code(seconds)
+
     def configure(self, **changes: Any) -> None:
         """Nothing is written but by :meth:`apply`."""
 

@@ -63,7 +63,7 @@ class Prometheus:
                 return len(await self.ask("up == 1")) == self._targets
             return False
 
-        await eventually(up, what="all targets scraped")
+        await eventually(up, seconds=120, what="all targets scraped")
 
     async def stop(self) -> None:
         """End it."""
@@ -71,7 +71,7 @@ class Prometheus:
             await self._session.close()
         if self.process:
             self.process.terminate()
-            await asyncio.to_thread(self.process.wait, 20)
+            await asyncio.to_thread(self.process.wait, 60)
 
     async def ask(self, expression: str, **more: Any) -> list[dict[str, Any]]:
         """The result of an expression now, or over a range where ``start`` and ``end`` are given."""

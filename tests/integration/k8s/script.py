@@ -206,7 +206,7 @@ async def _the_disk_is_slow(a: Application) -> AsyncIterator[None]:
     )
     yield
     strace.terminate()
-    await asyncio.to_thread(strace.wait, 10)
+    await asyncio.to_thread(strace.wait, 60)
 
 
 @asynccontextmanager

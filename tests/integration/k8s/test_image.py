@@ -88,7 +88,7 @@ class Container:
         credentials = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
         command = replay.start(self.image, mounts, credentials)
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90
         while self.get("/readyz")[0] != 200:
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < end
@@ -112,7 +112,7 @@ class Container:
             json.dumps(record).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return int(answer.status)
 
     def stop(self, sent: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
@@ -120,7 +120,7 @@ class Container:
         assert self.process
         process, self.process = self.process, None
         process.send_signal(sent)
-        output = process.communicate(timeout=30)[0]
+        output = process.communicate(timeout=90)[0]
         return process.returncode, output
 
 

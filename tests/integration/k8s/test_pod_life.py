@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,13 +155,29 @@ async def test_a_grace_period_that_is_cut_short_loses_nothing(world):
     await world.assert_nothing_lost()
 
 
+async def test_a_pod_that_is_deleted_with_its_emptydir_has_lost_what_it_had_not_delivered(world):
+    """The control of the tests above, and the limit that the documents name: the same life, but a fresh volume."""
+    await world.pod.start()
+    await world.write(20)
+    await world.pod.drained()
+    await world.stores(up=False)
+    await world.write(30)
+    world.pod.kill()
+    shutil.rmtree(world.pod.spool)
+    await world.pod.start()
+    await world.stores(up=True)
+    await world.pod.drained()
+    with pytest.raises(AssertionError, match="30"):
+        await world.assert_nothing_lost()
+
+
 async def test_a_stop_with_both_stores_down_ends_by_itself_and_the_next_start_delivers(world):
     """The drain gives up at its timeout, exit 0; what was left is told by the next run, and delivered by it."""
     await world.pod.start()
     await world.stores(up=False)
     await world.write(100)
     world.pod.terminate()
-    assert await world.pod.exit_code(seconds=60) == 0
+    assert await world.pod.exit_code() == 0
     await world.pod.start()
     left = (await world.pod.metrics())['sidecar_undelivered_at_exit{store="postgres"}']
     assert left == 100
