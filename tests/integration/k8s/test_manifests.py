@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,37 @@ def test_every_manifest_is_valid_strictly_in_the_oldest_and_the_newest_version(t
         if manifest["kind"] not in CUSTOM:
             for version in versions:
                 validate(manifest, version, strict=True)
+
+
+def test_the_documented_kustomization_adds_the_sidecar_to_somebodys_deployment(tmp_path: Path):
+    """docs/KUBERNETES.md as it stands, on a Deployment that has nothing of the example's but the label."""
+    text = (ROOT / "docs" / "KUBERNETES.md").read_text()
+    files = re.findall(r"```yaml\n# (\S+)\n(.*?)```", text, re.DOTALL)
+    assert [name for name, _ in files] == ["base/kustomization.yaml", "production/kustomization.yaml"]
+    for name, content in files:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
+    ours = (ROOT / "k8s" / "components" / "sidecar" / "config.yaml").read_text()
+    own = ours.replace("cap_bytes: 1GiB", "cap_bytes: 512MiB")
+    (tmp_path / "production" / "config.yaml").write_text(own.replace("sql_only", "dynamo_only"))
+    shutil.copytree(ROOT / "k8s", tmp_path / "hybrid-log-sidecar" / "k8s")
+    pod = {"containers": [{"name": "shop", "image": "shop:1"}]}
+    labels = {"app.kubernetes.io/name": "shop"}
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "shop", "labels": {"hybrid-log-sidecar": "enabled"}},
+        "spec": {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod}},
+    }
+    (tmp_path / "base" / "deployment.yaml").write_text(yaml.safe_dump(deployment))
+    manifests = list(yaml.safe_load_all(run([tool("kubectl"), "kustomize", str(tmp_path / "production")])))
+    for manifest in manifests:
+        if manifest["kind"] not in CUSTOM:
+            validate(manifest, VERSIONS[0], strict=True)
+    assert sidecar_of(manifests)["image"] == "registry.example.com/hybrid-log-sidecar:0.1.0"
+    assert workload(manifests)["spec"]["template"]["metadata"]["labels"]["hybrid-log-sidecar"] == "enabled"
+    assert config_of(manifests) == own
+    assert {m["metadata"].get("namespace") for m in manifests} == {"shop"}
 
 
 def test_an_unknown_field_is_found_by_the_strict_validation():
