@@ -290,8 +290,8 @@ ROWS: Final[tuple[Row, ...]] = (
             ),
             Panel(
                 "Shadow reads",
-                "Reads repeated on the other store, by result. Only `match` and `in_flight` are as they should be, and"
-                " `expected_gap` until the backfill.",
+                "Reads repeated on the other store, by result. Only `match`, `in_flight` and `expired` are as they should"
+                " be, and `expected_gap` until the backfill.",
                 (Query(_rate("sidecar_shadow_reads_total", "result"), "{{result}}"),),
                 "cps",
             ),
@@ -340,13 +340,16 @@ ROWS: Final[tuple[Row, ...]] = (
                 "What holds a step",
                 "Pods that say why the wanted phase is not in force yet. The runbook lists the gates by step.",
                 (Query(_gauge("sidecar_phase_held", "gate"), "{{gate}}"),),
-                width=12,
             ),
             Panel(
                 "Fenced instances",
                 "1: out of touch with the fleet. It accepts records, owed to be decided, and answers no read.",
                 (Query(_gauge("sidecar_fleet_fenced", "pod", "max"), "{{pod}}"),),
-                width=12,
+            ),
+            Panel(
+                "Undecided records",
+                "Accepted while fenced; who is owed them is decided when the pod is in touch again.",
+                (Query(_gauge("sidecar_spool_undecided_records", "pod"), "{{pod}}"),),
             ),
             Panel(
                 "Configuration accepted",
