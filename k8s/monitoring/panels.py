@@ -290,8 +290,8 @@ ROWS: Final[tuple[Row, ...]] = (
             ),
             Panel(
                 "Shadow reads",
-                "Reads repeated on the other store, by result. Only `match`, `in_flight` and `expired` are as they should"
-                " be, and `expected_gap` until the backfill.",
+                "Reads repeated on the other store, by result. Only `match`, `in_flight` and `expired` are as they"
+                " should be, and `expected_gap` until the backfill.",
                 (Query(_rate("sidecar_shadow_reads_total", "result"), "{{result}}"),),
                 "cps",
             ),
