@@ -8,12 +8,13 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integration.k8s import replay
+from tests.integration.k8s.kubelet import ConfigMapVolume
 from tests.integration.k8s.tools import ROOT
 from tests.parts.sidecar import free_port
 
@@ -69,27 +70,37 @@ class Container:
     def __init__(self, image: replay.Stage, base: Path) -> None:
         self.image = image
         self.ports = {"app": free_port(), "ops": free_port()}
-        self.spool, self.config = base / "spool", base / "config"
+        self.spool = base / "spool"
         self.spool.mkdir()
-        self.config.mkdir()
         os.chown(self.spool, UID, UID)
-        (self.config / "config.yaml").write_text(
-            "phase: dual_write\n"
+        self.config = ConfigMapVolume(base / "config", default_mode=0o444)  # root's, as kubelet leaves it
+        self.apply("dual_write")
+        self.process: subprocess.Popen[str] | None = None
+
+    def apply(self, phase: str) -> None:
+        """The ConfigMap with this phase has reached the container."""
+        text = (
+            f"phase: {phase}\n"
             "postgres: {host: 127.0.0.1, port: 1, sslmode: disable}\n"
             "dynamodb: {region: eu-central-1, endpoint_url: 'http://127.0.0.1:1'}\n"
             "drain: {timeout: 2s, stop_accepting_before: 1s}\n"
             f"listen: {{app: '127.0.0.1:{self.ports['app']}', ops: '127.0.0.1:{self.ports['ops']}'}}\n"
         )
-        self.process: subprocess.Popen[str] | None = None
+        self.config.project({"config.yaml": text.encode()})
 
     def start(self) -> None:
         """Start it and wait until it is ready."""
-        mounts = {"/var/lib/sidecar": self.spool, "/etc/sidecar": self.config}
+        mounts = {"/var/lib/sidecar": self.spool, "/etc/sidecar": self.config.directory}
         credentials = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
         command = replay.start(self.image, mounts, credentials)
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.wait(lambda: self.get("/readyz")[0] == 200)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Until it is true; fails where the container ends before."""
+        assert self.process
         end = time.monotonic() + 90
-        while self.get("/readyz")[0] != 200:
+        while not condition():
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < end
             time.sleep(0.1)
@@ -135,7 +146,7 @@ def container(image, tmp_path: Path) -> Iterator[Container]:
 
 
 def test_the_image_serves_as_its_user_on_a_read_only_root_and_keeps_what_it_acknowledged(container):
-    """With both stores down: ready, 202, healthy by its own check, exit 0 at SIGTERM, and all there at the next."""
+    """Both stores down: ready, 202, healthy by its own check, exit 0, all there at the next; it follows the ConfigMap."""
     container.start()
     for n in range(20):
         assert container.post({"service_name": "replay", "request_data": f"{n}"}) == 202
@@ -153,4 +164,6 @@ def test_the_image_serves_as_its_user_on_a_read_only_root_and_keeps_what_it_ackn
         line for line in container.get("/metrics")[1].splitlines() if line.startswith("sidecar_store_pending_records{")
     ]
     assert {float(line.split()[-1]) for line in pending} == {20.0}, shlex.join(pending)
+    container.apply("sql_only")
+    container.wait(lambda: 'sidecar_phase{phase="sql_only"} 1.0' in container.get("/metrics")[1])
     assert container.stop()[0] == 0
