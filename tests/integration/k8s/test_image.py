@@ -146,7 +146,7 @@ def container(image, tmp_path: Path) -> Iterator[Container]:
 
 
 def test_the_image_serves_as_its_user_on_a_read_only_root_and_keeps_what_it_acknowledged(container):
-    """Both stores down: ready, 202, healthy by its own check, exit 0, all there at the next; it follows the ConfigMap."""
+    """Both stores down: ready, 202, healthy by its own check, exit 0, all there at the next; follows the ConfigMap."""
     container.start()
     for n in range(20):
         assert container.post({"service_name": "replay", "request_data": f"{n}"}) == 202
