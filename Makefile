@@ -39,7 +39,7 @@ faults: $(STAMP)  ## the fault matrix with the long counts (ROWS=f3_ for one row
 
 ci-integration: $(STAMP)  ## real clients, a real browser, the rollout's real tools; root; at most 6 minutes
 	PYTHON='$(PYTHON)' VENV='$(VENV)' tests/integration/install
-	$(BIN)/pytest tests/integration -p no:schemathesis -n $(WORKERS) --dist loadfile $(INTEGRATION)
+	$(BIN)/pytest tests/integration -p no:schemathesis -n 4 --dist loadfile --no-loadscope-reorder $(INTEGRATION)
 
 bench: $(STAMP)  ## the sidecar beside the naive baselines (BENCH="--quick")
 	$(BIN)/python -m benchmarks.run $(BENCH)
