@@ -17,7 +17,7 @@ from sidecar.__main__ import VERBS, build_parser
 from sidecar.metrics import OBSERVATIONS, Metrics
 from sidecar.phase import Phase
 from tests.integration.k8s.faults import CASES, Case
-from tests.integration.k8s.tools import ROOT, run, tool
+from tests.integration.k8s.tools import ROOT, of_kind, render, run, tool
 
 TYPES = ROOT / ".run" / "grafana-types"
 HERE = Path(__file__).resolve().parent
@@ -189,6 +189,20 @@ def test_every_command_of_the_runbook_is_understood():
     assert {"validate", "backfill", "dead-letter", "phase", "drain", "fleet"} <= {line.split()[0] for line in found}
     with pytest.raises(SystemExit):  # and it can fail
         build_parser(VERBS).parse_args(shlex.split(commands("`sidecar phase set PHASE`")[0]))
+
+
+def test_what_the_runbook_changes_in_a_job_is_there_to_be_changed():
+    """Each `sed` finds its text once in what it is given, and what comes out is a command line that is understood."""
+    found = re.findall(
+        r"kubectl (?:kustomize k8s/(\S+)|.*cronjob/sidecar-(\w+) .*)[|\s]+sed 's/(\S+)/(\S+)/'", runbook()
+    )
+    assert len(found) == 2
+    for folder, cron, old, new in found:
+        jobs = of_kind(render(folder or f"jobs/{cron}"), "Job", "CronJob")
+        (spec,) = (job["spec"].get("jobTemplate", job)["spec"] for job in jobs)
+        args = spec["template"]["spec"]["containers"][0]["args"]
+        assert args.count(old) == 1
+        build_parser(VERBS).parse_args([new if word == old else word for word in args])
 
 
 def test_every_address_of_the_runbook_is_a_route():
