@@ -97,5 +97,4 @@ def test_the_sidecars_role_allows_every_operation_that_they_made(recording: Reco
 
 def test_the_run_is_kept_for_the_picture(recording: Recording):
     """What the panels showed can be drawn."""
-    print("\n".join(["", *recording.timeline]))
     save(recording, ROOT / ".run" / "recorded-run.json")

@@ -337,6 +337,7 @@ def dated(log_id: str, hours: float = 0) -> dict[str, str]:
 
 
 def save(recording: Recording, path: Path) -> None:
-    """For the picture in the docs."""
+    """For the picture in the docs; and, beside it, what took how long."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(recording.answers))
+    path.with_suffix(".txt").write_text("\n".join([*recording.timeline, ""]))
