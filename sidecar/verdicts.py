@@ -12,13 +12,16 @@ and a verdict that began before it is stale. Times are wall-clock microseconds; 
 FORMAT. Values are JSON; a field that a newer version added is skipped when it is read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal, Protocol
 
 import msgspec
 
+from sidecar.clock import Clock
+
 DAY_US: Final = 86_400_000_000
 CLOCKS: Final = 60_000_000  # microseconds that the wall clocks of two machines may differ by
+_FRESH: Final = 10.0  # seconds for which what was noted of a day is true enough: a sixth of CLOCKS
 EXAMPLES: Final = (
     100  # differences kept with a run and shown by default; a limit of what is shown, never of what is compared
 )
@@ -116,6 +119,29 @@ class ValidationLedger(Protocol):
     async def writes(self) -> Mapping[int, int]:
         """What was noted."""
         ...
+
+
+class WrittenDays:
+    """Notes the days that a backfill or a repair writes to, before it writes: whatever ends it then, they are stale.
+
+    A day is noted anew while it is written to, every ``_FRESH`` seconds: the time that is known of it is never more
+    than that, and the length of one call, behind the last write. So a verdict that began before that write does not
+    stand, by a margin of which three quarters are left for clocks.
+    """
+
+    def __init__(self, ledger: "ValidationLedger", clock: Clock) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._noted: dict[int, float] = {}  # day -> monotonic seconds
+
+    async def before(self, times: Iterable[int]) -> None:
+        """Call it before records of these log_timestamps are written. Raises StoreError: then they must not be."""
+        asked, now_us = self._clock.monotonic(), self._clock.now_us()
+        never = asked - 2 * _FRESH
+        due = {day: now_us for day in {us // DAY_US for us in times} if asked - self._noted.get(day, never) > _FRESH}
+        if due:
+            await self._ledger.note_writes(due)
+            self._noted.update(dict.fromkeys(due, asked))
 
 
 class KeepsVerdicts(Protocol):

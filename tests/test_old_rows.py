@@ -14,6 +14,7 @@ from sidecar.record import LogRecord
 from sidecar.stores.base import CountQuery, FillResult
 from sidecar.stores.memory import MemoryStore
 from sidecar.stores.postgres import PostgresStore
+from sidecar.verdicts import DAY_US, MemoryLedger, WrittenDays
 from tests.parts.adopted import RELATION, old_rows
 from tests.parts.postgres import connect
 from tests.stores.records import BASE, DAY, record
@@ -43,12 +44,18 @@ def target() -> Target:
 
 
 def copy_to(
-    target: MemoryStore, store: PostgresStore, *, phase: Phase = Phase.DUAL_WRITE, holder: str = "a"
+    target: MemoryStore,
+    store: PostgresStore,
+    *,
+    phase: Phase = Phase.DUAL_WRITE,
+    holder: str = "a",
+    ledger: MemoryLedger | None = None,
 ) -> OldRowsCopy:
     """A copier of one instance."""
     assert store.old_rows is not None
+    days = WrittenDays(ledger or MemoryLedger(), SystemClock())
     return OldRowsCopy(
-        store.old_rows, target, store.fleet, policy=lambda: TABLE[phase], holder=holder, clock=SystemClock()
+        store.old_rows, target, store.fleet, days, policy=lambda: TABLE[phase], holder=holder, clock=SystemClock()
     )
 
 
@@ -70,6 +77,21 @@ async def test_only_what_comes_after_the_beginning_is_copied(
     assert await copy.round() == 0
     assert [await target.get(r.log_id) for r in late] == late
     assert await count(target) == 250
+
+
+async def test_the_days_of_copied_rows_are_noted_before_they_are_put(
+    target: Target, specified_store: PostgresStore, application: asyncpg.Connection
+) -> None:
+    """Also where the round breaks off then: a verdict from before is overtaken."""
+    ledger = MemoryLedger()
+    copy = copy_to(target, specified_store, ledger=ledger)
+    await copy.round()
+    assert await ledger.writes() == {}
+    await old_rows(application, BASE - 40 * DAY, 5)
+    target.throttled_at = target.calls + 1
+    with pytest.raises(StoreError, match="slower"):
+        await copy.round()
+    assert list(await ledger.writes()) == [(BASE - 40 * DAY) // DAY_US]
 
 
 async def test_a_phase_that_owes_dynamodb_nothing_begins_nothing(

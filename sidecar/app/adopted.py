@@ -16,18 +16,20 @@ from typing import Final
 
 import msgspec
 
+from sidecar.app.consistency import home_of
 from sidecar.app.old_rows import OldRowsCopy
 from sidecar.clock import Clock
 from sidecar.errors import StoreError
 from sidecar.evidence import NotYet, Writers
 from sidecar.intake import Intake
-from sidecar.phase import DYNAMODB, POSTGRES, Policy, StoreName
+from sidecar.phase import POSTGRES, Policy, StoreName
 from sidecar.settings import Postgres
 from sidecar.spool import Spool
 from sidecar.stores.base import Store
 from sidecar.stores.computed_ids import ComputedIds
 from sidecar.stores.postgres import PostgresStore
 from sidecar.stores.postgres_adoption import ColumnLimits
+from sidecar.verdicts import WrittenDays
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class AdoptedTable:
         clock: Clock,
     ) -> None:
         store = stores[POSTGRES]
-        self._target = stores[DYNAMODB]
+        self._target = home_of(stores)
         self._policy = policy
         self._instance = instance
         self._store = store if isinstance(store, PostgresStore) and options.adopt.enabled else None
@@ -95,7 +97,15 @@ class AdoptedTable:
         if self._store is None or self._store.old_rows is None:
             return ()
         rows, leases = self._store.old_rows, self._store.fleet
-        copy = OldRowsCopy(rows, self._target, leases, policy=self._policy, holder=self._instance, clock=self._clock)
+        copy = OldRowsCopy(
+            rows,
+            self._target,
+            leases,
+            WrittenDays(self._target.verdicts, self._clock),
+            policy=self._policy,
+            holder=self._instance,
+            clock=self._clock,
+        )
         return (
             ("adopted table's columns", self._remember),
             ("adopted table's writers", self._watch),

@@ -4,7 +4,7 @@ import asyncio
 import random
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from sidecar.api.listener import Listener
 from sidecar.api.parts import OpsParts, Readiness
 from sidecar.api.server import build_ops
+from sidecar.app.consistency import home_of
 from sidecar.app.delivery import build_stores
 from sidecar.app.parts import LedgeredStore
 from sidecar.backfill.checkpoint import Checkpoint, JobStore, Keeper
@@ -28,12 +29,14 @@ from sidecar.clock import Clock, SystemClock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.metrics import Metrics
 from sidecar.phase import StoreName
+from sidecar.record import LogRecord
 from sidecar.retry import Backoff
 from sidecar.settings import Settings
 from sidecar.stores.base import Store
 from sidecar.stores.dynamodb_items import DAY
 from sidecar.stores.dynamodb_jobs import DynamoDBJobs
 from sidecar.stores.dynamodb_wire import Wire
+from sidecar.verdicts import WrittenDays
 
 PATIENCE: Final = 900.0  # seconds without any progress until it gives up
 _OPENING: Final = 60.0  # seconds in which the checkpoint must be found
@@ -131,9 +134,15 @@ def build_parts(
     destination: Store = stores[job.destination]
     rng = random.Random()  # noqa: S311  (jitter, not secrets)
     ttl_days = settings.dynamodb.ttl_days
+    days = WrittenDays(home_of(stores).verdicts, clock)
+
+    async def before(records: Sequence[LogRecord]) -> None:
+        await days.before(record.log_timestamp for record in records)
+
     filler = Filler(
         destination,
         settings.retry,
+        before=before,
         clock=clock,
         rng=rng,
         rate=request.rate,

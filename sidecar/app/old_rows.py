@@ -10,7 +10,7 @@ STAGES, and a failure at each:
    kept beside the table. Every row up to it is history, for whichever backfill comes later.
 2. A look, then pages of rows, each put where it is absent. What DynamoDB refuses as data (too large) is counted,
    logged and left to validation, which names it; a throttle or an outage ends the round, and the next begins at the
-   same bound.
+   same bound. The days of a page are noted before it is put: their verdicts are overtaken.
 3. The new bound is kept. A crash before it repeats the round.
 """
 
@@ -25,6 +25,7 @@ from sidecar.phase import DYNAMODB, Policy
 from sidecar.record import LogRecord
 from sidecar.stores.base import Store
 from sidecar.stores.postgres_tail import Bound, OldRows
+from sidecar.verdicts import WrittenDays
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class OldRowsCopy:
     Args:
         rows: of the adopted table.
         target: DynamoDB.
+        days: where it is noted which days were written to.
         leases: where one sidecar of the fleet is chosen.
         policy: of the phase in force.
         holder: this instance.
@@ -53,6 +55,7 @@ class OldRowsCopy:
         rows: OldRows,
         target: Store,
         leases: FleetStore,
+        days: WrittenDays,
         *,
         policy: Callable[[], Policy],
         holder: str,
@@ -61,6 +64,7 @@ class OldRowsCopy:
         self._rows = rows
         self._target = target
         self._leases = leases
+        self._days = days
         self._policy = policy
         self._holder = holder
         self._clock = clock
@@ -107,6 +111,7 @@ class OldRowsCopy:
 
     async def _fill(self, batch: Sequence[LogRecord]) -> tuple[int, int]:
         """How many were stored and how many refused as data. Raises StoreError where the store is in trouble."""
+        await self._days.before(record.log_timestamp for record in batch)
         try:
             done = await self._target.fill(batch)
         except StoreError as error:

@@ -13,7 +13,7 @@ nothing was taken, so that a Job ends with an error that somebody sees, and at o
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final
 
 from sidecar import settings
@@ -27,6 +27,9 @@ _ATTEMPTS: Final = 3  # of a record that is refused for reasons unknown, alone
 _LOOK: Final = 0.2  # seconds at most between two looks at orders and stop
 _BURST: Final = 1.0  # seconds of capacity that may be used at once
 _DATA: Final = frozenset({RetryClass.PERMANENT, RetryClass.UNKNOWN, RetryClass.CONFLICT})
+
+
+Before = Callable[[Sequence[LogRecord]], Awaitable[None]]
 
 
 class GaveUp(Exception):
@@ -78,6 +81,8 @@ class Filler:
         rate: records per second, None: no bound.
         units: capacity units per second, None: no bound.
         patience: seconds without anything taken until it gives up.
+        before: awaited before each call that puts records, again where it raised StoreError: nothing is put until it
+            has passed. Here it is noted that the records' days are written to.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Filler:
         store: Store,
         retry: settings.Retry,
         *,
+        before: Before,
         clock: Clock,
         rng: random.Random,
         rate: float | None,
@@ -92,6 +98,7 @@ class Filler:
         patience: float,
     ) -> None:
         self._store = store
+        self._before = before
         self._clock = clock
         self._patience = patience
         self._batch = store.limits.max_records
@@ -146,10 +153,13 @@ class Filler:
             if ticket.records < len(part):
                 work.append(part[ticket.records :])
                 part = part[: ticket.records]
+            told = False
             try:
+                await self._before(part)
+                told = True
                 result = await self._store.fill(part)
             except StoreError as error:
-                if error.retry_class in _DATA:
+                if told and error.retry_class in _DATA:
                     self._answered(ticket, 0)
                     self._divide(part, error, work, refused, attempts)
                 else:

@@ -11,7 +11,8 @@ a strongly consistent read, after everybody who could still deliver it had been 
   in flight, in a gap (backfill), expired, or somebody else's. What retention removed, or would remove within the hour,
   is not inserted.
 
-The days written to are noted before, so that their verdicts are stale. A second run finds nothing to do.
+The days written to are noted before each write, so that their verdicts are stale whatever ends it. A second run finds
+nothing to do.
 """
 
 from collections import Counter
@@ -27,7 +28,7 @@ from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import DYNAMODB, POSTGRES, StoreName
 from sidecar.record import LogRecord
 from sidecar.stores.base import Failure, Store
-from sidecar.verdicts import DAY_US, ValidationLedger
+from sidecar.verdicts import ValidationLedger, WrittenDays
 
 INSERTED: Final = frozenset({Reason.MISSING_IN_SQL, Reason.MISSING_IN_DYNAMO, Reason.OLD_WRITER})
 """Reasons that inserting mends."""
@@ -100,7 +101,7 @@ class Repair:
         self._stores = stores
         self._replace = replace
         self._retention = retention
-        self._ledger = ledger
+        self._days = WrittenDays(ledger, clock)
         self._clock = clock
         self._overwrite = overwrite
         self.result = Repaired(dry_run)
@@ -117,18 +118,13 @@ class Repair:
                 changed.append(each)
             else:
                 self.result.left[each.reason.value] += 1
-        if not self.result.dry_run:
-            await self._note([*missing[POSTGRES], *missing[DYNAMODB], *(d.sql for d in changed if d.sql is not None)])
         for store, records in missing.items():
             await self._insert(store, records)
         for each in changed:
             await self._put(each)
 
     async def _note(self, records: Sequence[LogRecord]) -> None:
-        now = self._clock.now_us()
-        days = {record.log_timestamp // DAY_US: now for record in records}
-        if days:
-            await self._ledger.note_writes(days)
+        await patiently(lambda: self._days.before([record.log_timestamp for record in records]), self._clock)
 
     async def _insert(self, name: StoreName, records: Sequence[LogRecord]) -> None:
         limits = self._stores[name].limits
@@ -156,6 +152,7 @@ class Repair:
             return
         rest = list(batch)
         for attempt in range(_TRIES):
+            await self._note(rest)
             try:
                 done = await patiently(partial(store.fill, rest), self._clock)
             except StoreError as error:
@@ -186,10 +183,14 @@ class Repair:
             return
         if sql.log_timestamp < self._retention(DYNAMODB):
             self.result.expired += 1
-        elif self.result.dry_run or await patiently(lambda: self._replace(sql, dynamo), self._clock):
+        elif self.result.dry_run:
             self.result.overwritten += 1
         else:
-            self.result.changed_meanwhile += 1
+            await self._note([sql, dynamo])  # where the item stood on another day, that one loses it
+            if await patiently(lambda: self._replace(sql, dynamo), self._clock):
+                self.result.overwritten += 1
+            else:
+                self.result.changed_meanwhile += 1
 
     def _refuse(self, name: StoreName, batch: Sequence[LogRecord], failures: Sequence[Failure]) -> None:
         self.result.refused_total += len(failures)

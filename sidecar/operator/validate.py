@@ -37,7 +37,7 @@ from sidecar.settings import Settings
 from sidecar.spool import disk
 from sidecar.spool.inspect import StoppedSpool
 from sidecar.stores.base import CountQuery
-from sidecar.verdicts import RunLine
+from sidecar.verdicts import CLOCKS, RunLine
 
 EXITS: Final[Mapping[str, int]] = {"clean": 0, "divergent": 1}
 COULD_NOT: Final = 2
@@ -57,6 +57,7 @@ async def validate(args: argparse.Namespace) -> int:
         if line is None:
             return COULD_NOT
         _print(document(line))
+        await job.say_overtaken(line)
         return EXITS.get(line.outcome, COULD_NOT)
 
 
@@ -152,6 +153,18 @@ class _Job:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
         return None
+
+    async def say_overtaken(self, line: RunLine) -> None:
+        """Tell a person which verdicts do not stand although the run came to its end; asking may fail."""
+        with contextlib.suppress(StoreError):
+            writes = await home_of(self.stores).verdicts.writes()
+            days = range(line.start_us // _DAY_US, -(-line.end_us // _DAY_US))
+            number = sum(day in days and at_us >= line.started_us - CLOCKS for day, at_us in writes.items())
+            if number:
+                _say(
+                    f"{number} days were written to less than a minute before this run began, or since: their verdicts"
+                    " do not count for a phase change yet; validate them again, or leave it to the sidecars' own rounds"
+                )
 
     async def _expected(self, before: RunLine | None) -> int | None:
         """About how many records there are to compare in PostgreSQL; None: it is not known."""

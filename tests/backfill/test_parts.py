@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sidecar import settings as configuration
 from sidecar.backfill.checkpoint import Checkpoint, Keeper, Refusal, give_orders, read_orders
 from sidecar.backfill.comparison import Comparison, Hour
-from sidecar.backfill.filler import Capacity, Filler, GaveUp, Halted
+from sidecar.backfill.filler import Before, Capacity, Filler, GaveUp, Halted
 from sidecar.backfill.gaps import Gaps
 from sidecar.backfill.hours import MOST, Hours
 from sidecar.backfill.job import Job, Shard, order
@@ -21,6 +21,7 @@ from sidecar.backfill.reading import READ_SHARE, Reading
 from sidecar.errors import ConfigError, RetryClass, StoreError
 from sidecar.gaps import GapLine
 from sidecar.phase import DYNAMODB, POSTGRES
+from sidecar.record import LogRecord
 from sidecar.stores.base import HOUR_US, ScanEntry
 from sidecar.stores.memory import MemoryStore
 from tests.backfill.fakes import Jobs, Picky, Time
@@ -177,11 +178,16 @@ class TestCheckpoint:
         assert (orders.rate, orders.paused_by) == (5.0, None)
 
 
-def filler(store: Picky, time: Time, **given: float | None) -> Filler:
+async def unnoted(_records: Sequence[LogRecord]) -> None:
+    """Nobody asks which days are written to."""
+
+
+def filler(store: Picky, time: Time, *, before: Before = unnoted, **given: float | None) -> Filler:
     """Impatient enough for a test."""
     options: dict[str, float | None] = {"rate": None, "units": None, "patience": 60.0, **given}
     retry = configuration.Retry(delay=0.1, max_delay=1.0)
-    return Filler(store, retry, clock=time, rng=random.Random(1), **options)  # type: ignore[arg-type]  # by name
+    rng = random.Random(1)
+    return Filler(store, retry, before=before, clock=time, rng=rng, **options)  # type: ignore[arg-type]  # by name
 
 
 class TestFiller:
@@ -239,6 +245,35 @@ class TestFiller:
         for part in (records(30)[:25], records(30)[25:]):
             await drive(asyncio.ensure_future(subject.fill(part, lambda _s, _p: None)), subject)
         assert len(store.filled) == 30
+
+    @pytest.mark.parametrize("retry_class", [RetryClass.TRANSIENT, RetryClass.THROTTLE, RetryClass.PERMANENT])
+    async def test_nothing_is_put_before_its_day_is_noted_whatever_the_ledger_says(
+        self, retry_class: RetryClass
+    ) -> None:
+        """The ledger's failure is never the record's: it is asked again, and the record is not refused."""
+        store = Picky()
+        failures = 3
+
+        noted: list[str] = []
+
+        async def before(part: Sequence[LogRecord]) -> None:
+            nonlocal failures
+            assert set(store.filled) <= set(noted)
+            if failures:
+                failures -= 1
+                raise StoreError(DYNAMODB, retry_class, "planted")
+            noted.extend(each.log_id for each in part)
+
+        subject = filler(store, Time(), before=before)
+        task = asyncio.ensure_future(subject.fill(records(5), lambda _s, _p: None))
+        assert await drive(task, subject) == []
+        assert (failures, len(store.filled)) == (0, 5)
+        failures = 1 << 30
+        store.filled.clear()
+        impatient = filler(store, Time(), before=before, patience=5.0)
+        with pytest.raises(GaveUp, match="planted"):
+            await drive(asyncio.ensure_future(impatient.fill(records(3), lambda _s, _p: None)), impatient)
+        assert store.filled == []
 
     async def test_a_halt_ends_it_between_two_calls(self) -> None:
         """Also while it is paused."""

@@ -1,6 +1,7 @@
 """Facts of a whole run on stores in memory: stopped anywhere, with stores that fail, it ends with everything there."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Sequence
 
@@ -22,8 +23,9 @@ from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import DYNAMODB, POSTGRES, StoreName
 from sidecar.record import LogRecord
 from sidecar.retry import Backoff
-from sidecar.stores.base import HOUR_US, HourFilter, Position
+from sidecar.stores.base import HOUR_US, FillResult, HourFilter, Position
 from sidecar.stores.memory import MemoryStore
+from sidecar.verdicts import CLOCKS, DAY_US, MemoryLedger, WrittenDays
 from tests.backfill.fakes import Jobs, Picky, Time
 from tests.backfill.test_parts import Ledger, line
 from tests.stores.records import BASE, record
@@ -58,6 +60,7 @@ class Stand:
         self.source = Flaky(job.source, rng, breaks)
         self.destination = Picky(job.destination, batch=10)
         self.ledger = Ledger()
+        self.days = MemoryLedger()  # which days were written to, as the verdicts' ledger knows it
         self.jobs = Jobs()
         self.time = Time(BASE + 10_000 * HOUR_US)
 
@@ -67,7 +70,17 @@ class Stand:
         keeper = Keeper(self.jobs, job.key, time)
         checkpoint = await keeper.take("run", dry=job.dry)
         retry = configuration.Retry(delay=0.001, max_delay=0.002)
-        filler = Filler(self.destination, retry, clock=time, rng=self.rng, rate=None, units=None, patience=10_000_000.0)
+        days = WrittenDays(self.days, time)
+        filler = Filler(
+            self.destination,
+            retry,
+            before=lambda part: days.before(r.log_timestamp for r in part),
+            clock=time,
+            rng=self.rng,
+            rate=None,
+            units=None,
+            patience=10_000_000.0,
+        )
         parts = Parts(
             source=self.source,
             destination=self.destination,
@@ -131,6 +144,55 @@ async def test_stopped_anywhere_with_stores_that_fail_it_ends_with_everything_th
     for job in jobs:
         assert (await stand.run(job)).good
     assert len(stand.destination.filled) == before
+
+
+class Killed(BaseException):
+    """The end of the process, in the middle of a call."""
+
+
+class Deadly(Picky):
+    """Ends the process at some call, before or after it has stored; looks at what is noted whenever it stores."""
+
+    def __init__(self, name: StoreName, stand: Stand, rng: random.Random) -> None:
+        super().__init__(name, batch=10)
+        self.stand, self.rng = stand, rng
+        self.lives = 3
+
+    async def fill(self, batch: Sequence[LogRecord]) -> FillResult:
+        noted, now = await self.stand.days.writes(), self.stand.time.now_us()
+        late = {r.log_timestamp // DAY_US for r in batch if noted.get(r.log_timestamp // DAY_US, 0) < now - CLOCKS // 4}
+        assert not late
+        dies = self.lives > 0 and self.rng.random() < 0.2
+        self.lives -= dies
+        if dies and self.rng.random() < 0.5:
+            raise Killed
+        self.stand.time.us += self.rng.choice((0, 3, 12)) * 1_000_000
+        self.stand.time.seconds = self.stand.time.us / 1e6
+        result = await super().fill(batch)
+        if dies:
+            raise Killed
+        return result
+
+
+@pytest.mark.parametrize("ends", [(POSTGRES, DYNAMODB), (DYNAMODB, POSTGRES)], ids=["there", "back"])
+@pytest.mark.parametrize("seed", range(10))
+async def test_a_day_is_noted_before_each_write_to_it_whatever_ends_the_process_then(
+    ends: tuple[StoreName, StoreName], seed: int
+) -> None:
+    """A verdict that began before a write never stands: not after a kill between the note and the write, nor later."""
+    rng = random.Random(seed)
+    job = Job(*ends)
+    stand = Stand(job, rng)
+    await stand.source.write(history(rng, 150))
+    stand.destination = Deadly(job.destination, stand, rng)
+    for _ in range(4):
+        with contextlib.suppress(Killed):
+            assert (await stand.run(job)).good
+    noted = await stand.days.writes()
+    assert noted.keys() >= {r.log_timestamp // DAY_US for r in await all_of(stand.destination)}
+    assert len(await all_of(stand.destination)) == 150
+    assert (await stand.run(job)).good
+    assert await stand.days.writes() == noted  # what is there already is not put, and nothing is overtaken
 
 
 async def test_refused_records_stop_it_before_anything_is_copied_and_keep_their_gap() -> None:

@@ -3,8 +3,9 @@
 import msgspec
 import pytest
 
-from sidecar.errors import StoreError
-from sidecar.verdicts import DAY_US, DayVerdict, Example, MemoryLedger, RunLine
+from sidecar.errors import RetryClass, StoreError
+from sidecar.verdicts import DAY_US, DayVerdict, Example, MemoryLedger, RunLine, WrittenDays
+from tests.backfill.fakes import Time
 
 
 @pytest.fixture(params=["memory", "dynamodb"])
@@ -68,6 +69,30 @@ async def test_the_latest_write_of_a_day_stays(ledger):
     await ledger.note_writes({5: 90, 6: 2})
     await ledger.note_writes({5: 101})
     assert await ledger.writes() == {-7: 1, 5: 101, 6: 2}
+
+
+async def test_days_are_noted_before_a_write_and_again_while_it_goes_on(ledger):
+    """Not for each batch: every ten seconds; a note that failed is not taken for one."""
+    time = Time()
+    days = WrittenDays(ledger, time)
+    began = time.now_us()
+    await days.before([3 * DAY_US, 3 * DAY_US + 5, -1])
+    assert await ledger.writes() == {-1: began, 3: began}
+    await time.sleep(9)
+    await days.before([3 * DAY_US, 4 * DAY_US])
+    assert await ledger.writes() == {-1: began, 3: began, 4: time.now_us()}
+    await time.sleep(2)
+    note = ledger.note_writes
+
+    async def fail(_days):
+        raise StoreError("dynamodb", RetryClass.TRANSIENT, "planted")
+
+    ledger.note_writes = fail
+    with pytest.raises(StoreError):
+        await days.before([3 * DAY_US])
+    ledger.note_writes = note
+    await days.before([3 * DAY_US, 4 * DAY_US])
+    assert await ledger.writes() == {-1: began, 3: time.now_us(), 4: began + 9_000_000}
 
 
 async def test_a_damaged_item_is_an_error_and_not_an_empty_answer(dynamodb_store, dynamodb_settings):

@@ -20,10 +20,12 @@ import pytest
 from benchmarks.table_dynamodb import TableServer
 from sidecar import settings
 from sidecar.clock import SystemClock
+from sidecar.consistency.evidence import Validations
 from sidecar.gaps import GapLine
 from sidecar.record import LogRecord
 from sidecar.stores.dynamodb import DynamoDBStore
 from sidecar.stores.postgres import PostgresStore
+from sidecar.verdicts import DAY_US, DayVerdict, RunLine
 from tests.parts import oracle
 from tests.parts.dynamodb import CREDENTIALS
 from tests.parts.fault_proxy import FaultProxy, Hang, Refuse, Reset, Unprocess
@@ -188,6 +190,59 @@ async def test_killed_twice_and_resumed_every_record_is_there_and_a_second_run_w
     code, told = await runs.run(*PG_TO_DYNAMO, "--rate", "none")
     assert (code, told["copied"], told["present"], told["missing_before"]) == (0, 0, 0, 0)
     assert dynamo.state.puts < puts + 50  # checkpoints alone
+
+
+@pytest.mark.parametrize("way", [PG_TO_DYNAMO, (*DYNAMO_TO_PG, "--hours", "all")], ids=["there", "back"])
+async def test_a_kill_leaves_no_verdict_standing_of_a_day_that_was_written_to(
+    stand: Stand, make: Make, way: tuple[str, ...]
+) -> None:
+    """Killed between the note and the first write, and again in the middle: every day that got a record is stale."""
+    batch = history(400, hours=40 * 24)
+    await (in_postgres if way == PG_TO_DYNAMO else in_dynamodb)(stand, batch)
+    there = stand.in_dynamodb if way == PG_TO_DYNAMO else stand.in_postgres
+    days = {r.log_timestamp // DAY_US for r in batch}
+    store = DynamoDBStore(stand.dynamodb, clock=SystemClock())
+    evidence = Validations(store.verdicts, SystemClock())
+
+    async def stale() -> set[int]:
+        found = await evidence.days()
+        assert found is not None
+        return set(found.stale) & days
+
+    try:
+        now = SystemClock().now_us()
+        verdicts = [
+            DayVerdict(
+                day=d, started_us=now, finished_us=now, until_us=(d + 1) * DAY_US, sql_records=1, dynamo_records=1
+            )
+            for d in days
+        ]
+        await store.verdicts.put_days(verdicts)
+        line = RunLine(id="all", start_us=0, end_us=now, everything=True, started_us=now, finished_us=now)
+        await store.verdicts.put_run(line)
+        assert await stale() == set()
+        stand.dynamo.on("UpdateItem", *[None] * 3, Hang())  # a note is an UpdateItem: the fourth is never answered
+        runs = make(proxied=True)
+        process = runs.spawn(*way, "--rate", "100")
+        await eventually(lambda: stand.dynamo.calls["UpdateItem"] > 3, seconds=60, what="the days are being noted")
+        runs.kill(process)
+        held, noted = await there(), await stale()
+        written = {r.log_timestamp // DAY_US for r in batch if r.log_id in held}
+        assert written <= noted
+        assert noted < days
+        stand.dynamo.clear()
+        process = runs.spawn(*way, "--rate", "100")
+
+        async def some() -> bool:
+            return len(await there()) > 100
+
+        await eventually(some, seconds=60, what="some are copied")
+        runs.kill(process)
+        held = await there()
+        assert len(held) < 400
+        assert {r.log_timestamp // DAY_US for r in batch if r.log_id in held} <= await stale()
+    finally:
+        await store.close()
 
 
 async def test_sigterm_ends_with_a_checkpoint_and_the_next_process_goes_on(
