@@ -39,9 +39,9 @@ from sidecar.backfill.reading import Reading
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import DYNAMODB
-from sidecar.record import LogRecord, digest
+from sidecar.record import LogRecord
 from sidecar.retry import Backoff
-from sidecar.stores.base import HOUR_US, Failure, ScanEntry, Store, position_of
+from sidecar.stores.base import HOUR_US, Failure, ScanEntry, Store, entry_of, position_of
 
 WORKERS: Final = 8  # hours under way at once
 _GRACE: Final = 2.0  # seconds that calls under way have when told to stop
@@ -167,7 +167,7 @@ class Backfill:
                     record = page[failure.index]
                     found.append((record.log_timestamp // HOUR_US, record.log_id, failure))
                 for record in page:
-                    yield ScanEntry(record.log_timestamp, record.log_id, digest(record))
+                    yield entry_of(record)
 
     # --- copy ------------------------------------------------------------------------------------------------------
 

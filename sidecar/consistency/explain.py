@@ -7,7 +7,10 @@ ORDER, and why a record in motion is never called missing:
 2. *fates*: what the sidecars know of each candidate. Before the stores are read: a record that is settled by then must
    be found by the read that follows; one that is not is in flight whatever the read says.
 3. *read*: both stores by id. Equal, or gone from both: no difference. An id that stands under another log_timestamp in
-   the other store is found here: one field_mismatch at PostgreSQL's time, not one missing and one extra.
+   the other store is found here: one field_mismatch at PostgreSQL's time, not one missing and one extra. Equal fields
+   are not enough: an item whose keys are not those of its fields is hidden from some query, and its stored digest may
+   hide a change. That is a field_mismatch too, which names the keys. The item's own attributes decide, read strongly
+   consistent, never an index that is behind.
 4. *again*: a difference that nothing explains is looked at until it has lasted since it was read: ``settle`` seconds
    where not every sidecar could be asked (and there one of a record younger than ``young`` seconds is in flight), else
    the few in which another sidecar mirrors its dead letters.
@@ -21,7 +24,7 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol
 
@@ -31,7 +34,7 @@ from sidecar.consistency.types import DIVERGENT, FIRST_US, MISSING, Candidate, D
 from sidecar.errors import StoreError
 from sidecar.gaps import GapLine, summed
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
-from sidecar.record import LogRecord, digest
+from sidecar.record import LogRecord
 from sidecar.screening.identity import version7_time
 from sidecar.stores.base import Store
 
@@ -172,23 +175,28 @@ class Explainer:
         async with self._slots:
             sql = await patiently(partial(self._sql.get, seen.log_id), self._clock)
             try:
-                dynamo = await patiently(partial(self._dynamo.get, seen.log_id), self._clock)
+                examined = await patiently(partial(self._dynamo.examine, seen.log_id), self._clock)
             except StoreError as error:
                 if error.code != _UNREADABLE:
                     raise
+                if self._another(seen, sql):
+                    return None
                 detail = "an item under this id is none that a sidecar writes"
                 return Difference(seen.log_id, seen.log_timestamp, Reason.FOREIGN_WRITER, sql, None, detail)
-        if sql == dynamo:
+        dynamo, wrong = (None, ()) if examined is None else (examined.record, examined.wrong)
+        if sql == dynamo and not wrong:
             return None
         if sql is not None and dynamo is not None:
-            if seen.log_timestamp != sql.log_timestamp and self._inside(sql.log_timestamp):
-                return None  # PostgreSQL's entry of this id is a candidate too, and speaks for both
-            return _changed(sql, dynamo, fates, seen.log_timestamp)
+            return None if self._another(seen, sql) else _changed(sql, dynamo, wrong, fates, seen.log_timestamp)
         present = sql if dynamo is None else dynamo
         assert present is not None  # noqa: S101  (they differ, so one of them is there)
         lacking: StoreName = DYNAMODB if dynamo is None else POSTGRES
-        reason, detail = self._missing(present, lacking, fates.get(lacking), seen)
-        return Difference(present.log_id, present.log_timestamp, reason, sql, dynamo, detail)
+        reason, detail = self._missing(present, lacking, fates.get(lacking), foreign="h" in wrong)
+        return Difference(present.log_id, present.log_timestamp, reason, sql, dynamo, detail, wrong)
+
+    def _another(self, seen: Candidate, sql: LogRecord | None) -> bool:
+        """Whether PostgreSQL's entry of this id is a candidate too, and speaks for both stores."""
+        return sql is not None and seen.log_timestamp != sql.log_timestamp and self._inside(sql.log_timestamp)
 
     def _expired(self, seen: Candidate) -> bool:
         """Of an entry that one scan alone has: whether the other store keeps nothing that old. Not worth a read."""
@@ -203,9 +211,12 @@ class Explainer:
         return self._window.start_us <= time < self._window.end_us
 
     def _missing(
-        self, record: LogRecord, lacking: StoreName, known: Known | None, seen: Candidate
+        self, record: LogRecord, lacking: StoreName, known: Known | None, *, foreign: bool
     ) -> tuple[Reason, str]:
-        """Why ``lacking`` has no record; what only the ledger can explain is looked at last."""
+        """Why ``lacking`` has no record; what only the ledger can explain is looked at last.
+
+        ``foreign``: the record's stored digest is not that of its fields.
+        """
         if record.log_timestamp < self._kept_from(lacking):
             return Reason.EXPIRED, ""
         if known is not None and known.fate in _OF_FATE:
@@ -213,7 +224,7 @@ class Explainer:
         detail = "" if known is None else f"the sidecar says: {known.fate}"
         if lacking == DYNAMODB and _COMPUTED.fullmatch(record.log_id):
             return Reason.OLD_WRITER, detail
-        if lacking == POSTGRES and seen.dynamo is not None and seen.dynamo != digest(record):
+        if lacking == POSTGRES and foreign:
             return Reason.FOREIGN_WRITER, "its digest is not that of its fields"
         return MISSING[lacking], detail
 
@@ -252,12 +263,16 @@ class Explainer:
         return each
 
 
-def _changed(sql: LogRecord, dynamo: LogRecord, fates: Mapping[StoreName, Known], at_us: int) -> Difference:
-    """Both stores have the id, with other content; ``at_us`` is where it was found."""
+def _changed(
+    sql: LogRecord, dynamo: LogRecord, wrong: tuple[str, ...], fates: Mapping[StoreName, Known], at_us: int
+) -> Difference:
+    """Both stores have the id, with other content or wrong keys; ``at_us`` is where it was found."""
 
     def because(reason: Reason, detail: str = "") -> Difference:
-        return Difference(sql.log_id, at_us, reason, sql, dynamo, detail)
+        return Difference(sql.log_id, at_us, reason, sql, dynamo, detail, wrong)
 
+    if sql == dynamo:
+        return because(Reason.FIELD_MISMATCH, "all fields are equal; the item's keys are not those of its fields")
     for store in STORES:
         known = fates.get(store)
         if known is None or known.retry_class != "conflict":
@@ -272,7 +287,7 @@ def _changed(sql: LogRecord, dynamo: LogRecord, fates: Mapping[StoreName, Known]
 
 
 def _because(each: Difference, reason: Reason, detail: str = "") -> Difference:
-    return Difference(each.log_id, each.log_timestamp, reason, each.sql, each.dynamo, detail or each.detail)
+    return replace(each, reason=reason, detail=detail or each.detail)
 
 
 async def _all(looks: Sequence[Awaitable[Difference | None]]) -> Sequence[Difference | None]:

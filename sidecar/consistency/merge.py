@@ -1,8 +1,8 @@
 """Two ordered scans side by side: what one has and the other has not, in bounded memory.
 
-Both scans ascend by (log_timestamp, log_id), so one entry of each in hand decides: equal keys are compared by digest,
-the smaller key is missing on the other side. Counts are kept by UTC day. Nothing is concluded here: the scans read at
-different moments, and an index may lag; what comes out are candidates.
+Both scans ascend by (log_timestamp, log_id), so one entry of each in hand decides: equal keys are compared by digest
+and by the service that shows them, the smaller key is missing on the other side. Counts are kept by UTC day. Nothing
+is concluded here: the scans read at different moments, and an index may lag; what comes out are candidates.
 
 A scan that fails raises StoreError from ``advance``; nothing of what was read then is called compared.
 """
@@ -84,7 +84,7 @@ class Merge:
                 tally.dynamo += 1
                 taken += 1
                 right = await anext(self._dynamo, None)
-            if a is not None and b is not None and a[2] == b[2]:
+            if a is not None and b is not None and a[2] == b[2] and a[3] == b[3]:
                 tally.matched += 1
             else:
                 found.append(Candidate(time, log_id, a and a[2], b and b[2]))

@@ -15,7 +15,7 @@ from sidecar.verdicts import Example, RunLine
 _SAYS: Final[Mapping[Reason, str]] = {
     Reason.MISSING_IN_SQL: "records are in DynamoDB and not in PostgreSQL",
     Reason.MISSING_IN_DYNAMO: "records are in PostgreSQL and not in DynamoDB",
-    Reason.FIELD_MISMATCH: "records differ in some field",
+    Reason.FIELD_MISMATCH: "records differ in some field, or in a key that DynamoDB finds them by",
     Reason.ID_CONFLICT: "ids were given to two different records",
     Reason.DEAD_LETTER: "records were refused by a store and wait as dead letters",
     Reason.OLD_WRITER: "rows were written past the sidecar into PostgreSQL and not copied yet",
@@ -42,7 +42,7 @@ def example(each: Difference, *, reveal: bool) -> Example:
         for name, record in (("postgres", each.sql), ("dynamodb", each.dynamo)):
             if record is not None:
                 shown = to_dict(record)
-                values[name] = shown if whole else {f: shown[f] for f in each.fields}
+                values[name] = shown if whole else {f: shown[f] for f in each.fields if f in shown}
     return Example(
         log_id=each.log_id,
         log_timestamp=timestamp_text(each.log_timestamp),

@@ -68,14 +68,15 @@ class Difference:
     sql: LogRecord | None = None  # as read, strongly consistent
     dynamo: LogRecord | None = None
     detail: str = ""  # never a value of the record
+    keys: tuple[str, ...] = ()  # attributes of DynamoDB's item, beside the fields, that are not what they must be
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names of the fields that differ where both stores have the record."""
+        """Names of the fields that differ where both stores have the record, then of the item's wrong keys."""
         a, b = self.sql, self.dynamo
         if a is None or b is None:
             return ()
-        return tuple(name for name in FIELDS if getattr(a, name) != getattr(b, name))
+        return (*(name for name in FIELDS if getattr(a, name) != getattr(b, name)), *self.keys)
 
     @property
     def present_in(self) -> tuple[StoreName, ...]:

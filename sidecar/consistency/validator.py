@@ -31,7 +31,6 @@ from sidecar.consistency.types import Candidate, Difference, Window, outcome_of
 from sidecar.errors import SidecarError, StoreError
 from sidecar.gaps import GapLine
 from sidecar.phase import DYNAMODB, POSTGRES, StoreName
-from sidecar.record import digest
 from sidecar.stores.base import ScanEntry, Store
 from sidecar.verdicts import DAY_US, EXAMPLES, DayVerdict, Outcome, RunLine, ValidationLedger
 
@@ -270,7 +269,7 @@ class _Run:
             await merge.close()
 
     def _scan(self, store: Store, start: int, end: int) -> AsyncIterator[ScanEntry]:
-        return _hashed(store, start, end) if self._options.deep else store.scan(start, end)
+        return store.deep_scan(start, end) if self._options.deep else store.scan(start, end)
 
     def _count(self, differences: Sequence[Difference], explainer: Explainer) -> None:
         reasons = report.counted(self.line.reasons)
@@ -335,13 +334,6 @@ class _Run:
             deep=self.line.deep,
             run=self.line.id,
         )
-
-
-async def _hashed(store: Store, start: int, end: int) -> AsyncIterator[ScanEntry]:
-    """The records themselves, hashed: what a store's own digest says is not believed."""
-    async for page in store.stream(start, end):
-        for record in page:
-            yield ScanEntry(record.log_timestamp, record.log_id, digest(record))
 
 
 class _Pace:

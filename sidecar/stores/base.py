@@ -4,15 +4,17 @@ A store holds a subset of the grow-only set of records. It never updates or dele
 not connect: a sidecar must accept records while a database is down.
 """
 
+import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from sidecar.errors import RetryClass
 from sidecar.phase import StoreName
-from sidecar.record import LogRecord
+from sidecar.record import LogRecord, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,33 @@ class ScanEntry(NamedTuple):
     log_timestamp: int
     log_id: str
     digest: bytes  # record.digest of what the store holds
+    shown_under: bytes  # ``service_tag`` of the service whose queries show it; ``NOWHERE``: none's
+
+
+NOWHERE: Final = bytes(8)
+
+
+@lru_cache(maxsize=4096)
+def service_tag(service_name: str) -> bytes:
+    """Eight bytes that stand for a service in a scan."""
+    return hashlib.blake2b(service_name.encode(), digest_size=8).digest()
+
+
+def entry_of(record: LogRecord) -> ScanEntry:
+    """The entry of a record that is where it belongs."""
+    return ScanEntry(record.log_timestamp, record.log_id, digest(record), service_tag(record.service_name))
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A record as it is stored, and what is wrong beside its fields.
+
+    ``wrong`` names what the store keeps to find it by, or to compare it by, and what is not as a sidecar writes it:
+    some query does not show the record then. PostgreSQL's indexes are made from the columns: there it is empty.
+    """
+
+    record: LogRecord
+    wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +239,10 @@ class Store(Protocol):
         """Strongly consistent read by id; None means that the store answered and has none."""
         ...
 
+    async def examine(self, log_id: str) -> Examined | None:
+        """As ``get``, and whether every index shows the record: decided by the record's own keys, not by an index."""
+        ...
+
     async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
         """Up to ``limit`` records strictly after ``before`` in the order of Position (descending), newest first."""
         ...
@@ -241,6 +274,13 @@ class Store(Protocol):
         """All records with start <= log_timestamp < end (microseconds), ascending by (time, id); bounded memory.
 
         Only of the ``hours`` that are wanted, where they are given.
+        """
+        ...
+
+    def deep_scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+        """As ``scan``, but from the records themselves: what the store keeps beside their fields is checked.
+
+        Where anything of it is wrong, the entry is shown ``NOWHERE``; one that is no record at all has no digest.
         """
         ...
 

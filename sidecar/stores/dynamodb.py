@@ -25,7 +25,7 @@ from sidecar import settings
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import DYNAMODB, StoreName
-from sidecar.record import LogRecord
+from sidecar.record import LogRecord, digest
 from sidecar.stores import dynamodb_canary as canary
 from sidecar.stores import dynamodb_errors as errors
 from sidecar.stores import dynamodb_limits as limits
@@ -36,6 +36,7 @@ from sidecar.stores.base import (
     CountGroup,
     CountQuery,
     Estimate,
+    Examined,
     Failure,
     FillResult,
     HourFilter,
@@ -48,7 +49,7 @@ from sidecar.stores.base import (
 )
 from sidecar.stores.dynamodb_fleet import DynamoDBFleet
 from sidecar.stores.dynamodb_gaps import DynamoDBGaps
-from sidecar.stores.dynamodb_items import DAY, MAX_ITEM_BYTES, Item, encode_item, fits
+from sidecar.stores.dynamodb_items import DAY, MAX_ITEM_BYTES, Item, KeyedItem, encode_item, fits
 from sidecar.stores.dynamodb_pages import Pages
 from sidecar.stores.dynamodb_parallel import all_or_first_error
 from sidecar.stores.dynamodb_queries import Queries
@@ -101,6 +102,10 @@ class _PutAnswer(msgspec.Struct):
     consumed: _Capacity | None = msgspec.field(name="ConsumedCapacity", default=None)
 
 
+class _KeyedAnswer(msgspec.Struct):
+    item: KeyedItem | None = msgspec.field(name="Item", default=None)
+
+
 class _GetAnswer(msgspec.Struct):
     item: Item | None = msgspec.field(name="Item", default=None)
 
@@ -108,6 +113,7 @@ class _GetAnswer(msgspec.Struct):
 _batch_answer = msgspec.json.Decoder(_BatchAnswer)
 _NOT_TOLD: Final = _Capacity()
 _OF_ONE_RECORD: Final = frozenset({RetryClass.THROTTLE, RetryClass.PERMANENT, RetryClass.UNKNOWN})
+_keyed_answer = msgspec.json.Decoder(_KeyedAnswer)
 _put_answer = msgspec.json.Decoder(_PutAnswer)
 _get_answer = msgspec.json.Decoder(_GetAnswer)
 
@@ -225,7 +231,7 @@ class DynamoDBStore:
         try:
             item = _get_answer.decode(found).item
             same = item is not None and item.record() == seen
-            digest = msgspec.json.decode(found)["Item"].get("h") if same else None
+            held = msgspec.json.decode(found)["Item"].get("h") if same else None
         except (msgspec.DecodeError, ValueError, AttributeError):
             raise errors.unreadable("GetItem") from None
         if not same:
@@ -234,8 +240,8 @@ class DynamoDBStore:
         if not fits(new):
             raise errors.error(RetryClass.PERMANENT, _TOO_LARGE, "ItemTooLarge")
         condition = b'"attribute_exists(log_id) AND attribute_not_exists(h)"'
-        if digest is not None:
-            condition = b'"h = :h","ExpressionAttributeValues":{":h":%b}' % _json(digest)
+        if held is not None:
+            condition = b'"h = :h","ExpressionAttributeValues":{":h":%b}' % _json(held)
         put = b'{"TableName":%b,"ConditionExpression":%b,"Item":%b}' % (_json(self._options.table), condition, new)
         try:
             await self.wire.call("PutItem", put)
@@ -257,6 +263,20 @@ class DynamoDBStore:
         if record is None or record.log_timestamp < self._pages.visible_from():
             return None
         return record
+
+    async def examine(self, log_id: str) -> Examined | None:
+        """Strongly consistent, all of it: by the item's attributes, not by what an index shows at the moment."""
+        schedule = await self._shards.current()
+        body = {"TableName": self._options.table, "Key": {"log_id": {"S": log_id}}, "ConsistentRead": True}
+        answer = await self.wire.call("GetItem", _json(body))
+        try:
+            item = _keyed_answer.decode(answer).item
+            record = None if item is None else item.record()
+        except (msgspec.DecodeError, ValueError):
+            raise errors.unreadable("GetItem") from None
+        if item is None or record is None or record.log_timestamp < self._pages.visible_from():
+            return None
+        return Examined(record, item.wrong(record, digest(record), schedule.fan_out(record.log_timestamp // DAY)))
 
     async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
         """Through an index, eventually consistent; the bodies by id."""
@@ -285,6 +305,10 @@ class DynamoDBStore:
     def scan(self, start: int, end: int, *, hours: HourFilter | None = None) -> AsyncIterator[ScanEntry]:
         """From a scan of the whole service index, sorted outside memory."""
         return self._enumeration.scan(start, end, hours)
+
+    def deep_scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+        """The scan, and each item that it names."""
+        return self._enumeration.deep_scan(start, end)
 
     def stream(
         self, start: int, end: int, *, after: Position | None = None, hours: HourFilter | None = None

@@ -39,6 +39,7 @@ SECOND: Final = 1_000_000  # microseconds
 DAY: Final = 86_400 * SECOND
 _EPOCH: Final = date(1970, 1, 1).toordinal()
 MAX_ITEM_BYTES: Final = 400 * 1024
+_SHARD_DIGITS: Final = 4
 
 _json = msgspec.json.encode
 
@@ -237,11 +238,68 @@ class Item(msgspec.Struct, gc=False):
         )
 
 
+class KeyedItem(Item, gc=False):
+    """An item with what a sidecar keeps beside the fields."""
+
+    h: _B | None = None
+    gt: _S | None = None
+    gs: _S | None = None
+    ga: _S | None = None
+    gc: _S | None = None
+    ge: _S | None = None
+
+    def wrong(self, record: LogRecord, content: bytes, shards: int) -> tuple[str, ...]:
+        """Names of the attributes that are not what they must be for this item's ``record``.
+
+        Args:
+            record: what ``record()`` gives.
+            content: its digest.
+            shards: how many of its day readers look into. Any of them will do: whichever it is in, it is found.
+        """
+        time = time_key(record.log_timestamp)
+        application, correlation = record.application_id, record.correlation_id
+        errors = self.ge is None if record.is_success else _among(self.ge, f"E#{time[:10]}#", shards)
+        checks = (
+            ("h", self.h is not None and content == self.h.B),
+            ("gt", _string(self.gt) == f"{time}#{record.log_id}"),
+            ("gs", _among(self.gs, f"S#{record.service_name}#{time[:10]}#", shards)),
+            ("ga", _string(self.ga) == (None if application is None else application_key(application))),
+            ("gc", _string(self.gc) == (None if correlation is None else correlation_key(correlation))),
+            ("ge", errors),
+        )
+        return tuple(name for name, right in checks if not right)
+
+
+def _among(key: _S | None, prefix: str, shards: int) -> bool:
+    return key is not None and key.S.startswith(prefix) and shard_number(key.S[len(prefix) :]) in range(shards)
+
+
+def shard_number(text: str) -> int:
+    """A shard as it is written in a key; -1 where the text is none."""
+    return (
+        int(text) if len(text) <= _SHARD_DIGITS and text.isascii() and text.isdigit() and text == str(int(text)) else -1
+    )
+
+
 class IndexEntry(msgspec.Struct, gc=False):
-    """What an index answers for: time, id and, where projected and asked for, the digest."""
+    """What an index answers for: time, id and, where projected and asked for, digest, hash key and the table's key."""
 
     gt: _S
     h: _B | None = None
+    gs: _S | None = None
+    log_id: _S | None = None
+
+
+class LooseEntry(msgspec.Struct, gc=False):
+    """An entry of an item that somebody else wrote: ``h`` is of any type."""
+
+    gt: _S
+    gs: _S
+    log_id: _S
+
+    def strict(self) -> IndexEntry:
+        """The same without a digest."""
+        return IndexEntry(self.gt, None, self.gs, self.log_id)
 
 
 class SummaryEntry(msgspec.Struct, gc=False):

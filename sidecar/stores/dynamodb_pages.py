@@ -6,9 +6,9 @@ before filters, so a page may be empty and yet not the last.
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
@@ -19,7 +19,7 @@ from sidecar.record import LogRecord
 from sidecar.stores import dynamodb_errors as errors
 from sidecar.stores import dynamodb_schema as schema
 from sidecar.stores.base import Summary
-from sidecar.stores.dynamodb_items import DAY, SECOND, IndexEntry, Item, SummaryEntry, time_key
+from sidecar.stores.dynamodb_items import DAY, SECOND, IndexEntry, Item, KeyedItem, LooseEntry, SummaryEntry, time_key
 from sidecar.stores.dynamodb_wire import Wire
 
 MAX_KEYS: Final = 100  # of one BatchGetItem
@@ -43,6 +43,13 @@ class _Page(msgspec.Struct):
     next_key: Key | None = msgspec.field(name="LastEvaluatedKey", default=None)
 
 
+class _LoosePage(msgspec.Struct):
+    count: int = msgspec.field(name="Count")
+    scanned: int = msgspec.field(name="ScannedCount", default=0)
+    items: list[LooseEntry] = msgspec.field(name="Items", default_factory=list)
+    next_key: Key | None = msgspec.field(name="LastEvaluatedKey", default=None)
+
+
 class _SummaryPage(msgspec.Struct):
     items: list[SummaryEntry] = msgspec.field(name="Items", default_factory=list)
     next_key: Key | None = msgspec.field(name="LastEvaluatedKey", default=None)
@@ -61,9 +68,13 @@ class _KeyPage(msgspec.Struct):
     next_key: Key | None = msgspec.field(name="LastEvaluatedKey", default=None)
 
 
-class _Bodies(msgspec.Struct):
-    responses: dict[str, list[Item]] = msgspec.field(name="Responses", default_factory=dict)
+class _Bodies(msgspec.Struct, Generic[T]):
+    responses: dict[str, list[T]] = msgspec.field(name="Responses", default_factory=dict)
     unprocessed: dict[str, msgspec.Raw] = msgspec.field(name="UnprocessedKeys", default_factory=dict)
+
+
+class _OnlyId(msgspec.Struct):
+    log_id: _HashKey
 
 
 class _Keys(msgspec.Struct):
@@ -73,8 +84,21 @@ class _Keys(msgspec.Struct):
 _page = msgspec.json.Decoder(_Page)
 _summary_page = msgspec.json.Decoder(_SummaryPage)
 _key_page = msgspec.json.Decoder(_KeyPage)
-_bodies = msgspec.json.Decoder(_Bodies)
+_bodies = msgspec.json.Decoder(_Bodies[Item])
+_raw_bodies = msgspec.json.Decoder(_Bodies[msgspec.Raw])
+_keyed_item = msgspec.json.Decoder(KeyedItem)
+_only_id = msgspec.json.Decoder(_OnlyId)
+_loose_page = msgspec.json.Decoder(_LoosePage)
 _keys = msgspec.json.Decoder(_Keys)
+
+
+def _any_page(answer: bytes) -> _Page:
+    """A page of whole entries, of any writer: one whose digest is no binary value has none. Raises DecodeError."""
+    try:
+        return _page.decode(answer)
+    except msgspec.ValidationError:
+        page = _loose_page.decode(answer)
+        return _Page(page.count, page.scanned, [entry.strict() for entry in page.items], page.next_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +150,10 @@ class Pages:
         body = self._query(partition, after)
         body |= {"ScanIndexForward": False, "Limit": limit, "ProjectionExpression": schema.SORT}
         if summaries is None:
-            page = await self._read("Query", body, _page)
+            page = await self._read("Query", body, _page.decode)
             return [entry.gt.S for entry in page.items], page.next_key
         body["ProjectionExpression"] = _SUMMARY
-        whole = await self._read("Query", body, _summary_page)
+        whole = await self._read("Query", body, _summary_page.decode)
         try:
             summaries.update({item.gt.S: item.summary() for item in whole.items})
         except ValueError:
@@ -154,13 +178,18 @@ class Pages:
             body["ExpressionAttributeValues"][":s"] = {"BOOL": is_success}
         return await self._count("Scan", body)
 
-    async def scan(self, stretch: Span, segment: int, after: Key | None) -> tuple[list[IndexEntry], Key | None, int]:
-        """One page of one segment of the service index: times, ids and digests; how many entries were looked at."""
+    async def scan(
+        self, stretch: Span, segment: int, after: Key | None, *, whole: bool = False
+    ) -> tuple[list[IndexEntry], Key | None, int]:
+        """One page of one segment of the service index: times, ids and digests; how many entries were looked at.
+
+        ``whole``: with hash key and the table's key, and an entry of any writer. It costs no more units.
+        """
         body = self._scan(stretch, segment)
-        body["ProjectionExpression"] = "gt, h"
+        body["ProjectionExpression"] = "gt, h, gs, log_id" if whole else "gt, h"
         if after is not None:
             body["ExclusiveStartKey"] = after
-        page = await self._read("Scan", body, _page)
+        page = await self._read("Scan", body, _any_page if whole else _page.decode)
         return page.items, page.next_key, page.scanned
 
     async def scan_hash_keys(
@@ -180,7 +209,7 @@ class Pages:
             body["ExpressionAttributeValues"][":s"] = {"BOOL": is_success}
         found: Counter[str] = Counter()
         while True:
-            page = await self._read("Scan", body, _key_page)
+            page = await self._read("Scan", body, _key_page.decode)
             found.update(item.gs.S for item in page.items)
             if page.next_key is None:
                 return found
@@ -200,7 +229,7 @@ class Pages:
             "Limit": limit,
             "ProjectionExpression": schema.SORT,
         }
-        page = await self._read("Scan", body, _page)
+        page = await self._read("Scan", body, _page.decode)
         return [entry.gt.S for entry in page.items if stretch.low <= entry.gt.S <= stretch.high]
 
     async def bodies(self, ids: Sequence[str], *, consistent: bool = False) -> dict[str, LogRecord]:
@@ -209,19 +238,45 @@ class Pages:
         A request over 16 MB is answered in part: asked again as long as that brings something. THROTTLE where it does
         not any more.
         """
-        keys: list[Key] = [{"log_id": {"S": log_id}} for log_id in ids]
         found: dict[str, LogRecord] = {}
+        async for items in self._batches(ids, _bodies, consistent=consistent):
+            try:
+                found |= {item.log_id.S: item.record() for item in items}
+            except ValueError:
+                raise errors.unreadable("BatchGetItem") from None
+        return found
+
+    async def keyed(self, ids: Sequence[str], *, consistent: bool = False) -> dict[str, KeyedItem | None]:
+        """As ``bodies``, with what is kept beside the fields; None where an item is none that a sidecar writes."""
+        found: dict[str, KeyedItem | None] = {}
+        async for items in self._batches(ids, _raw_bodies, consistent=consistent):
+            for raw in items:
+                try:
+                    item = _keyed_item.decode(raw)
+                    found[item.log_id.S] = item
+                except msgspec.DecodeError:
+                    try:
+                        found[_only_id.decode(raw).log_id.S] = None
+                    except msgspec.DecodeError:
+                        raise errors.unreadable("BatchGetItem") from None
+        return found
+
+    async def _batches(
+        self, ids: Sequence[str], decoder: "msgspec.json.Decoder[_Bodies[T]]", *, consistent: bool
+    ) -> AsyncIterator[Sequence[T]]:
+        """The items of each answer until none is left to ask for."""
+        keys: list[Key] = [{"log_id": {"S": log_id}} for log_id in ids]
         stalled = 0
         while keys:
             body = {"RequestItems": {self._table: {"Keys": keys, "ConsistentRead": consistent}}}
-            answer = await self._read("BatchGetItem", body, _bodies)
+            answer = await self._read("BatchGetItem", body, decoder.decode)
             items = answer.responses.get(self._table, [])
             try:
-                found |= {item.log_id.S: item.record() for item in items}
                 rest = answer.unprocessed.get(self._table)
                 keys = [] if rest is None else _keys.decode(rest).keys
-            except (msgspec.DecodeError, ValueError):
+            except msgspec.DecodeError:
                 raise errors.unreadable("BatchGetItem") from None
+            yield items
             stalled = 0 if items else stalled + 1
             if keys and stalled:
                 if stalled == STALLED_ROUNDS:
@@ -229,12 +284,11 @@ class Pages:
                         RetryClass.THROTTLE, "BatchGetItem: not processed: the table throttles", "UnprocessedKeys"
                     )
                 await self._clock.sleep(STALL_SECONDS * 2 ** (stalled - 1))
-        return found
 
     async def _count(self, operation: str, body: dict[str, Any]) -> int:
         total = 0
         while True:
-            page = await self._read(operation, body, _page)
+            page = await self._read(operation, body, _page.decode)
             total += page.count
             if page.next_key is None:
                 return total
@@ -265,10 +319,10 @@ class Pages:
             "ExpressionAttributeValues": {":l": {"S": stretch.low}, ":h": {"S": stretch.high}},
         }
 
-    async def _read(self, operation: str, body: dict[str, Any], decoder: "msgspec.json.Decoder[T]") -> T:
+    async def _read(self, operation: str, body: dict[str, Any], decode: Callable[[bytes], T]) -> T:
         async with self._in_flight:
             answer = await self._wire.call(operation, _json(body))
         try:
-            return decoder.decode(answer)
+            return decode(answer)
         except msgspec.DecodeError:
             raise errors.unreadable(operation) from None

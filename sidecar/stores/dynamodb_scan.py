@@ -23,8 +23,15 @@ would have to write it before its first record of a service and day (or lose sig
 somebody else put into the table, which validation must find, would not be in it. Who wants many ranges reads once and
 says which ``hours`` are wanted.
 
-ENTRY in a file: 2 bytes length, then the sort key ``gt`` in UTF-8, a zero byte, the digest. Order of bytes is order of
-(time, id), because ``gt`` is, and neither part of it contains a zero byte.
+ENTRY in a file: 2 bytes length, then the sort key ``gt`` in UTF-8, a zero byte, then for ``scan`` and ``deep_scan`` the
+8 bytes of the service (``base.service_tag``), and the digest. Order of bytes is order of (time, id), because ``gt`` is,
+and neither part of it contains a zero byte.
+
+WHAT AN INDEX SAYS IS NOT BELIEVED by ``scan`` and ``deep_scan``, which serve validation: a hash key or a sort key that
+somebody altered shows a record where it is not looked for, or hides it. So they read the table's own key and the hash
+key with each entry. The id is the table's. A hash key of another day, or of no shard that readers look into, or a sort
+key that is not of this id, makes the entry one that is shown ``NOWHERE``; one without a time that can be read stands at
+the beginning of the range. ``deep_scan`` reads the items besides, and checks all keys against the fields.
 """
 
 import asyncio
@@ -39,22 +46,38 @@ from typing import BinaryIO, Final
 
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass
-from sidecar.record import LogRecord
+from sidecar.record import LogRecord, digest
 from sidecar.stores import dynamodb_errors as errors
-from sidecar.stores.base import HOUR_US, CountGroup, CountQuery, Estimate, HourFilter, Position, ScanEntry
+from sidecar.stores.base import (
+    HOUR_US,
+    NOWHERE,
+    CountGroup,
+    CountQuery,
+    Estimate,
+    HourFilter,
+    Position,
+    ScanEntry,
+    service_tag,
+)
 from sidecar.stores.dynamodb_items import (
     DAY,
+    MAX_ITEM_BYTES,
     IndexEntry,
+    KeyedItem,
+    day_number,
     day_text,
     parse_time_key,
+    service_key,
+    shard_number,
     sort_key,
     split_service_key,
     split_sort_key,
+    time_key,
 )
 from sidecar.stores.dynamodb_pages import FIRST_US, LAST_US, MAX_KEYS, Key, Pages, Partition, Span, span
 from sidecar.stores.dynamodb_parallel import all_or_first_error
 from sidecar.stores.dynamodb_queries import WIDE_DAYS, Queries, day_spans, error_partitions, service_partitions
-from sidecar.stores.dynamodb_shards import ShardSchedule
+from sidecar.stores.dynamodb_shards import Schedule, ShardSchedule
 
 RUN_ENTRIES: Final = 32_768  # 100 bytes each in memory; sorted in some 10 ms, off the event loop
 MERGE_RUNS: Final = 64
@@ -62,7 +85,8 @@ STREAM_BYTES: Final = 4 * 1024 * 1024  # of the bodies of one page of a stream, 
 _SAMPLED_DAYS: Final = 32
 CHUNK_ENTRIES: Final = 2_000
 _LENGTH: Final = struct.Struct(">H")
-_ENTRY_BYTES: Final = 83  # of one in a file
+_MOST_SERVICES: Final = 65_536  # hash keys whose parts are remembered
+_ENTRY_BYTES: Final = 91  # of one in a file
 _PEAK: Final = 2.1  # a merge holds what it reads and what it writes, and a run is on its way
 
 
@@ -164,10 +188,45 @@ class Enumeration:
 
     async def scan(self, start: int, end: int, hours: HourFilter | None = None) -> AsyncIterator[ScanEntry]:
         """All records with start <= time < end, ascending by (time, id)."""
-        async with aclosing(self._ordered(start, end, _Choice(None, hours))) as chunks:
+        schedule = await self._shards.current()
+        async with aclosing(self._ordered(start, end, _Whole(schedule, start, hours))) as chunks:
             async for chunk in chunks:
                 for entry in chunk:
                     yield _parse(entry)
+
+    async def deep_scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+        """The same from the items, where the index shows them: every key and the digest are checked.
+
+        What the index names and the table has not, is not there. An item that is no record has no digest.
+        """
+        schedule = await self._shards.current()
+        room = MAX_KEYS
+        async with aclosing(self._ordered(start, end, _Whole(schedule, start))) as chunks:
+            async for chunk in chunks:
+                entries = [_parse(entry) for entry in chunk]
+                at = 0
+                while at < len(entries):
+                    part = entries[at : at + room]
+                    at += room
+                    items = await self._keyed([entry.log_id for entry in part])
+                    size = 0
+                    for entry in part:
+                        if entry.log_id not in items:
+                            continue
+                        deep, weight = _deep(entry, items[entry.log_id], schedule)
+                        size += weight
+                        yield deep
+                    room = max(1, min(MAX_KEYS * self._pages.segments, STREAM_BYTES * len(part) // max(1, size)))
+
+    async def _keyed(self, ids: Sequence[str]) -> dict[str, KeyedItem | None]:
+        found: dict[str, KeyedItem | None] = {}
+        chunks = [ids[i : i + MAX_KEYS] for i in range(0, len(ids), MAX_KEYS)]
+        for part in await all_or_first_error([self._pages.keyed(chunk) for chunk in chunks]):
+            found |= part
+        missing = [log_id for log_id in ids if log_id not in found]  # the index can be ahead of a replica of the table
+        for start in range(0, len(missing), MAX_KEYS):
+            found |= await self._pages.keyed(missing[start : start + MAX_KEYS], consistent=True)
+        return found
 
     async def stream(
         self, start: int, end: int, after: Position | None, hours: HourFilter | None
@@ -219,8 +278,8 @@ class Enumeration:
     async def _read_segment(self, sorter: "_Sorter", stretch: Span, segment: int, choice: "_Choice") -> None:
         after: Key | None = None
         while True:
-            entries, after, scanned = await self._pages.scan(stretch, segment, after)
-            await sorter.add(choice.of(entries))
+            entries, after, scanned = await self._pages.scan(stretch, segment, after, whole=choice.whole)
+            await sorter.add(choice.packed(entries))
             await self._wait(scanned)
             if after is None:
                 return
@@ -235,19 +294,23 @@ class Enumeration:
 
 
 class _Choice:
-    """Which entries of a page are wanted."""
+    """Which entries of a page are wanted, by what the index says; without digests."""
+
+    whole = False  # whether hash key and table's key are asked for
 
     def __init__(self, after: Position | None, hours: HourFilter | None) -> None:
         self._after = None if after is None else sort_key(*after)
         self._hours = hours
         self._known: dict[str, bool] = {}  # by the text of the hour: it is parsed once
 
-    def of(self, entries: Sequence[IndexEntry]) -> Sequence[IndexEntry]:
+    def packed(self, entries: Sequence[IndexEntry]) -> list[bytes]:
         """Those behind the position and of a wanted hour."""
         after, hours = self._after, self._hours
         if after is not None:
             entries = [entry for entry in entries if after < entry.gt.S]
-        return entries if hours is None else [entry for entry in entries if self._wanted(entry.gt.S[:13], hours)]
+        if hours is not None:
+            entries = [entry for entry in entries if self._wanted(entry.gt.S[:13], hours)]
+        return [b"%b\0" % e.gt.S.encode() for e in entries]
 
     def _wanted(self, text: str, hours: HourFilter) -> bool:
         known = self._known.get(text)
@@ -258,6 +321,69 @@ class _Choice:
                 raise errors.unreadable("Scan") from None
             self._known[text] = known
         return known
+
+
+class _Whole(_Choice):
+    """Every entry of the wanted hours as it is to be compared; see the module."""
+
+    whole = True
+
+    def __init__(self, schedule: Schedule, start: int, hours: HourFilter | None = None) -> None:
+        super().__init__(None, hours)
+        self._start = time_key(max(start, FIRST_US))
+        self._schedule = schedule
+        self._services: dict[str, tuple[str, bytes]] = {}  # hash key -> day, tag
+
+    def packed(self, entries: Sequence[IndexEntry]) -> list[bytes]:
+        """Under the table's own id, with the service that shows it."""
+        hours = self._hours
+        found = []
+        for entry in entries:
+            key, tag = self._placed(entry)
+            if hours is None or self._wanted(key[:13], hours):
+                found.append(b"%b\0%b%b" % (key.encode(), tag, b"" if entry.h is None else entry.h.B))
+        return found
+
+    def _placed(self, entry: IndexEntry) -> tuple[str, bytes]:
+        """Sort key and service."""
+        gt, gs, log_id = entry.gt.S, entry.gs, entry.log_id
+        if gs is None or log_id is None:
+            raise errors.unreadable("Scan")
+        day, tag = self._services.get(gs.S) or self._service(gs.S)
+        try:
+            parse_time_key(gt[:27])
+        except ValueError:
+            return f"{self._start}#{log_id.S}", NOWHERE
+        if gt[27:] != f"#{log_id.S}":
+            return f"{gt[:27]}#{log_id.S}", NOWHERE
+        return gt, tag if day == gt[:10] else NOWHERE
+
+    def _service(self, key: str) -> tuple[str, bytes]:
+        """Day and tag of a hash key; ``NOWHERE`` where no reader asks for it."""
+        name, day_name = split_service_key(key)
+        day, shard = day_number(day_name), shard_number(key.rpartition("#")[2])
+        sound = day is not None and key == service_key(name, day_name, shard)
+        if day is None or not sound or shard not in range(self._schedule.fan_out(day)):
+            found = day_name, NOWHERE
+        else:
+            found = day_name, service_tag(name)
+        if len(self._services) < _MOST_SERVICES:
+            self._services[key] = found
+        return found
+
+
+def _deep(entry: ScanEntry, item: KeyedItem | None, schedule: Schedule) -> tuple[ScanEntry, int]:
+    """What an entry comes to once its item is read, and how much memory that took."""
+    try:
+        record = None if item is None else item.record()
+    except ValueError:
+        record = None
+    if item is None or record is None:
+        return entry._replace(digest=b"", shown_under=NOWHERE), MAX_ITEM_BYTES
+    content = digest(record)
+    wrong = item.wrong(record, content, schedule.fan_out(record.log_timestamp // DAY))
+    under = NOWHERE if wrong else service_tag(record.service_name)
+    return entry._replace(digest=content, shown_under=under), _payload(record)
 
 
 def _payload(record: LogRecord) -> int:
@@ -279,12 +405,11 @@ class _Sorter:
         self._runs: list[BinaryIO] = []
         self._spilling = asyncio.Lock()
 
-    async def add(self, entries: Sequence[IndexEntry]) -> None:
+    async def add(self, entries: list[bytes]) -> None:
         """Take entries in any order. Raises OSError."""
-        fresh = [b"%b\0%b" % (e.gt.S.encode(), b"" if e.h is None else e.h.B) for e in entries]
         if self._floor or self.ceiling is not None:
-            fresh = [e for e in fresh if self._floor < e and (self.ceiling is None or e <= self.ceiling)]
-        self._buffer += fresh
+            entries = [e for e in entries if self._floor < e and (self.ceiling is None or e <= self.ceiling)]
+        self._buffer += entries
         async with self._spilling:
             while len(self._buffer) >= RUN_ENTRIES:  # others may have added while this one waited
                 full, self._buffer = self._buffer[:RUN_ENTRIES], self._buffer[RUN_ENTRIES:]
@@ -356,9 +481,9 @@ def _read(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _parse(entry: bytes) -> ScanEntry:
-    key, _, digest = entry.partition(b"\0")
+    key, _, rest = entry.partition(b"\0")
     time, log_id = split_sort_key(key.decode())
     try:
-        return ScanEntry(parse_time_key(time), log_id, digest)
+        return ScanEntry(parse_time_key(time), log_id, rest[8:], rest[:8])
     except ValueError:
         raise errors.unreadable("Scan") from None

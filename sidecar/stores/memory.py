@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import POSTGRES, StoreName
-from sidecar.record import LogRecord, digest, timestamp_text
+from sidecar.record import LogRecord, timestamp_text
 from sidecar.stores.base import (
     HOUR_US,
     ByApplication,
@@ -21,6 +21,7 @@ from sidecar.stores.base import (
     CountQuery,
     ErrorsOn,
     Estimate,
+    Examined,
     Failure,
     FillResult,
     HourFilter,
@@ -30,6 +31,7 @@ from sidecar.stores.base import (
     Summary,
     WriteLimits,
     WriteResult,
+    entry_of,
     summary_of,
 )
 
@@ -102,6 +104,11 @@ class MemoryStore:
         """Look up by id."""
         return self._records.get(log_id)
 
+    async def examine(self, log_id: str) -> Examined | None:
+        """Nothing is kept beside the record."""
+        record = await self.get(log_id)
+        return None if record is None else Examined(record)
+
     async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
         """Filter, sort, cut."""
         found = [
@@ -138,7 +145,11 @@ class MemoryStore:
         """The stream, digested."""
         async for page in self.stream(start, end, hours=hours):
             for record in page:
-                yield ScanEntry(record.log_timestamp, record.log_id, digest(record))
+                yield entry_of(record)
+
+    def deep_scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+        """There is nothing deeper."""
+        return self.scan(start, end)
 
     async def stream(
         self, start: int, end: int, *, after: Position | None = None, hours: HourFilter | None = None

@@ -27,7 +27,7 @@ import msgspec
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.phase import POSTGRES, StoreName
-from sidecar.record import LogRecord, digest, timestamp_text
+from sidecar.record import LogRecord, timestamp_text
 from sidecar.settings import Postgres
 from sidecar.stores import postgres_adoption, postgres_schema
 from sidecar.stores.base import (
@@ -37,6 +37,7 @@ from sidecar.stores.base import (
     CountGroup,
     CountQuery,
     Estimate,
+    Examined,
     Failure,
     FillResult,
     HourFilter,
@@ -46,6 +47,7 @@ from sidecar.stores.base import (
     Summary,
     WriteLimits,
     WriteResult,
+    entry_of,
 )
 from sidecar.stores.postgres_adoption import ColumnLimits
 from sidecar.stores.postgres_canary import tried
@@ -166,6 +168,11 @@ class PostgresStore:
         rows = await self._fetch(self._sql.stored, *self._named([log_id]))
         return self._rows.records(rows)[0] if rows else None
 
+    async def examine(self, log_id: str) -> Examined | None:
+        """Indexes are made from the columns: they cannot be wrong."""
+        record = await self.get(log_id)
+        return None if record is None else Examined(record)
+
     async def query(self, query: Query, *, before: Position | None, limit: int) -> Sequence[LogRecord]:
         """One walk along the index that serves the query."""
         time, log_id = before or _NEWEST
@@ -209,7 +216,11 @@ class PostgresStore:
         """The stream, digested: pages by (time, id), each at most 1,000 records and about 4 MiB of payloads."""
         async for page in self.stream(start, end, hours=hours):
             for record in page:
-                yield ScanEntry(record.log_timestamp, record.log_id, digest(record))
+                yield entry_of(record)
+
+    def deep_scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+        """A scan reads and hashes the rows anyway."""
+        return self.scan(start, end)
 
     async def stream(
         self, start: int, end: int, *, after: Position | None = None, hours: HourFilter | None = None

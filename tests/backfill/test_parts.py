@@ -421,7 +421,7 @@ class TestProof:
         await gaps.read()
         seen = Checkpoint(run="r")
         proof = Proof(seen, gaps, [10, 11, 12, 13, 20])
-        suspect = ScanEntry(0, "id", b"")
+        suspect = ScanEntry(0, "id", b"", b"")
         for hour in (
             Hour(10, records=3),
             Hour(11, records=3, missing=1, suspects=[suspect]),

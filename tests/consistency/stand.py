@@ -2,24 +2,102 @@
 
 import itertools
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from sidecar.consistency import Difference, Nobody, Options, Rules, Settled, Validator, Whereabouts, Window
+from sidecar.consistency import FIRST_US, Difference, Nobody, Options, Rules, Settled, Validator, Whereabouts, Window
 from sidecar.consistency.explain import Known
 from sidecar.gaps import GapLine
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
-from sidecar.record import LogRecord
+from sidecar.record import LogRecord, digest, timestamp_text
+from sidecar.stores.base import NOWHERE, Examined, HourFilter, ScanEntry, service_tag
+from sidecar.stores.dynamodb_items import parse_time_key
 from sidecar.stores.memory import MemoryStore
 from sidecar.verdicts import MemoryLedger, RunLine
 from tests.parts.reads import PausableClock
 from tests.stores.records import BASE, DAY, log_id, record
 
 WINDOW = Window(BASE, BASE + 3 * DAY)
-KINDS = ("delete", "add", "edit", "swap", "move")
+KINDS = ("delete", "add", "edit", "swap", "move", "key")
+
+
+class Indexed(MemoryStore):
+    """A DynamoDB in memory: finds records by keys that are kept beside the fields, and may be wrong.
+
+    ``keys``: log_id -> attribute -> what somebody set it to; None: took it away.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(DYNAMODB)
+        self.keys: dict[str, dict[str, str | None]] = {}
+
+    async def scan(self, start: int, end: int, *, hours: HourFilter | None = None) -> AsyncIterator[ScanEntry]:
+        """As the index shows them."""
+        shown = []
+        async for entry in super().scan(FIRST_US, 1 << 62):
+            keys = self.keys.get(entry.log_id, {})
+            gt = keys.get("gt", "")
+            if None in (gt, keys.get("gs", "")):
+                continue
+            if gt:
+                entry = entry._replace(log_timestamp=readable(gt) or start, shown_under=NOWHERE)  # noqa: PLW2901
+            if "gs" in keys:
+                entry = entry._replace(shown_under=service_tag(str(keys["gs"])))  # noqa: PLW2901
+            if "h" in keys:
+                entry = entry._replace(digest=b"")  # noqa: PLW2901
+            shown.append(entry)
+        for entry in sorted(shown):
+            if start <= entry.log_timestamp < end:
+                yield entry
+
+    async def deep_scan(self, start: int, end: int) -> AsyncIterator[ScanEntry]:
+        """What the index shows, checked."""
+        async for entry in self.scan(start, end):
+            content = digest(self._records[entry.log_id])
+            yield entry._replace(digest=content, shown_under=NOWHERE) if entry.log_id in self.keys else entry
+
+    async def examine(self, log_id: str) -> Examined | None:
+        """The record's own keys."""
+        record = await self.get(log_id)
+        return None if record is None else Examined(record, tuple(self.keys.get(log_id, {})))
+
+
+def readable(gt: str) -> int | None:
+    """The time of a sort key."""
+    try:
+        return parse_time_key(gt[:27])
+    except ValueError:
+        return None
+
+
+def wrong_keys(victim: LogRecord) -> dict[str, tuple[str | None, ...]]:
+    """What somebody may do to each key of an item so that some query no longer shows it, or a wrong one does."""
+    time = timestamp_text(victim.log_timestamp)
+    day = time[:10]
+    return {
+        "gs": (
+            None,
+            f"S#elsewhere#{day}#0",
+            f"S#{victim.service_name}#1999-01-01#0",
+            f"S#{victim.service_name}#{day}#99",
+        ),
+        "gt": (
+            None,
+            f"{timestamp_text(victim.log_timestamp + 1)}#{victim.log_id}",
+            f"{time}#{log_id(10**6)}",
+            f"{day}~",
+        ),
+        "h": (None, "not the digest"),
+        "ga": (None, "A#99"),
+        "gc": (None, "C#another"),
+        "ge": (f"E#{day}#0",) if victim.is_success else (None, f"E#{day}#99"),
+    }
+
+
+SEEN_BY_DEEP_ALONE = frozenset({"ga", "gc", "ge"})
 
 
 class Told:
@@ -43,7 +121,9 @@ class Told:
 class ConsistencyStand:
     """Two stores and what a validation asks besides."""
 
-    stores: Mapping[StoreName, Any] = field(default_factory=lambda: {name: MemoryStore(name) for name in STORES})
+    stores: Mapping[StoreName, Any] = field(
+        default_factory=lambda: {POSTGRES: MemoryStore(POSTGRES), DYNAMODB: Indexed()}
+    )
     whereabouts: Whereabouts = field(default_factory=Nobody)
     clock: Any = field(default_factory=PausableClock)
     rules: Rules = field(default_factory=Rules)
@@ -101,12 +181,26 @@ def population(rng: random.Random, number: int) -> list[LogRecord]:
     ]
 
 
-def harm(
-    rng: random.Random, held: Sequence[LogRecord], kinds: Sequence[str] = KINDS
-) -> tuple[dict[StoreName, list[tuple[str, LogRecord]]], dict[str, str]]:
-    """What to do to each store behind the sidecar ((verb, record) each), and the differences that this makes."""
-    deeds: dict[StoreName, list[tuple[str, LogRecord]]] = {name: [] for name in STORES}
+Deed = tuple[str, LogRecord]
+"""``delete``, ``put``, or ``gs=VALUE``: an attribute and what it becomes, nothing: it goes. And the record."""
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What to do to each store behind the sidecar, and the differences that this makes, log_id -> reason."""
+
+    deeds: dict[StoreName, list[Deed]]
+    expected: dict[str, str]  # of a fast run
+    deep: dict[str, str]  # of a deep one
+    keys: dict[str, str]  # log_id -> the key that is wrong
+
+
+def harm(rng: random.Random, held: Sequence[LogRecord], kinds: Sequence[str] = KINDS) -> Harm:
+    """At random."""
+    deeds: dict[StoreName, list[Deed]] = {name: [] for name in STORES}
     expected: dict[str, str] = {}
+    unseen: set[str] = set()
+    keys: dict[str, str] = {}
     victims = rng.sample(list(held), min(len(held), rng.randrange(1, 12) * 2))
     missing = {POSTGRES: "missing_in_sql", DYNAMODB: "missing_in_dynamo"}
     fresh = itertools.count(len(held) + 1)
@@ -130,17 +224,27 @@ def harm(
             deeds[store] += [("delete", victim), ("put", added)]
             expected[victim.log_id] = missing[store]
             expected[added.log_id] = missing[other]
+        elif kind == "key":
+            key, values = rng.choice(list(wrong_keys(victim).items()))
+            deeds[DYNAMODB].append((f"{key}={rng.choice(values) or ''}", victim))
+            expected[victim.log_id] = "field_mismatch"
+            keys[victim.log_id] = key
+            unseen |= {victim.log_id} if key in SEEN_BY_DEEP_ALONE else set()
         else:
             moved = victim.log_timestamp + rng.choice((1, DAY, -5 * DAY))
             deeds[store].append(("put", msgspec.structs.replace(victim, log_timestamp=moved)))
             expected[victim.log_id] = "field_mismatch"
-    return deeds, expected
+    return Harm(deeds, {i: reason for i, reason in expected.items() if i not in unseen}, expected, keys)
 
 
-def harm_memory(store: MemoryStore, deeds: Sequence[tuple[str, LogRecord]]) -> None:
+def harm_memory(store: MemoryStore, deeds: Sequence[Deed]) -> None:
     """Do it."""
     for verb, each in deeds:
         if verb == "delete":
             del store._records[each.log_id]
-        else:
+        elif verb == "put":
             store._records[each.log_id] = each
+        else:
+            assert isinstance(store, Indexed)
+            key, _, value = verb.partition("=")
+            store.keys[each.log_id] = {key: value or None}

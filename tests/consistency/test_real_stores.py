@@ -1,5 +1,6 @@
 """The validator and repair on real PostgreSQL and DynamoDB: harm done behind them, found exactly, mended exactly."""
 
+import itertools
 import random
 
 import msgspec
@@ -9,11 +10,12 @@ from sidecar.clock import SystemClock
 from sidecar.consistency import Options, Rules, Window
 from sidecar.consistency.repair import Repair
 from sidecar.phase import DYNAMODB, POSTGRES, STORES
+from sidecar.record import timestamp_text
 from sidecar.stores.dynamodb import DynamoDBStore
 from sidecar.verdicts import MemoryLedger
 from tests.consistency.stand import WINDOW, ConsistencyStand, Told, harm, population
 from tests.parts.dynamodb import store_all
-from tests.stores.records import BASE, log_id, record, records
+from tests.stores.records import BASE, DAY, log_id, record, records
 
 
 class Hands:
@@ -32,14 +34,21 @@ class Hands:
                 result = await self.stand.stores[POSTGRES].write([each])
                 assert not result.failures
         for verb, each in deeds[DYNAMODB]:
+            key, changes, value = verb.partition("=")
             if verb == "put":
                 await store_all(self.stand.stores[DYNAMODB], [each])
+            elif changes:
+                await self.set(
+                    each.log_id,
+                    **{key: {"B": value.encode()} if key == "h" else {"S": value}} if value else {key: None},
+                )
             else:
                 async with self.stand.stores[DYNAMODB].wire.control() as client:
                     await client.delete_item(TableName=self.table, Key={"log_id": {"S": each.log_id}})
 
-    async def set(self, number, **values):
-        """Change attributes of an item without touching its digest; None removes."""
+    async def set(self, which, **values):
+        """Change attributes of an item (by number or id) without touching the others; None removes."""
+        which = which if isinstance(which, str) else log_id(which)
         async with self.stand.stores[DYNAMODB].wire.control() as client:
             for name, value in values.items():
                 update = (
@@ -52,7 +61,7 @@ class Hands:
                 )
                 await client.update_item(
                     TableName=self.table,
-                    Key={"log_id": {"S": log_id(number)}},
+                    Key={"log_id": {"S": which}},
                     ExpressionAttributeNames={"#n": name},
                     **update,
                 )
@@ -87,16 +96,16 @@ def repairing(stand, *, dry_run=False, overwrite=False, kept_from=None):
     )
 
 
-async def mended(stand, **options):
+async def mended(stand, *, deep=False, **options):
     """Validate and repair; what was done."""
     repair = repairing(stand, **options)
-    await stand.validator.run(WINDOW, options_of(), found=repair.mend)
+    await stand.validator.run(WINDOW, options_of(deep=deep), found=repair.mend)
     return repair.result
 
 
-def options_of():
+def options_of(*, deep=False):
     """As repair runs."""
-    return Options(by="a test")
+    return Options(by="a test", deep=deep)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -105,25 +114,30 @@ async def test_the_report_is_the_injected_set_and_repair_mends_what_was_lost(han
     stand, rng = hands.stand, random.Random(seed)
     held = population(rng, 150)
     await stand.write(held)
-    deeds, expected = harm(rng, held)
-    await hands.do(deeds)
-    for deep in (False, True):
+    before = await hands.items()
+    harmed = harm(rng, held)
+    await hands.do(harmed.deeds)
+    for deep, expected in ((False, harmed.expected), (True, harmed.deep)):
         line = await stand.run(deep=deep)
         assert stand.found() == expected
-        assert line.outcome == "divergent"
-    done = await mended(stand)
-    missing = [reason for reason in expected.values() if reason != "field_mismatch"]
-    assert sum(done.inserted.values()) == len(missing)
+        assert line.outcome == ("divergent" if expected else "clean")
+        wrong = {d.log_id: d.fields for d in stand.seen if d.keys}
+        assert wrong == {i: (key,) for i, key in harmed.keys.items() if i in expected}
+    done = await mended(stand, deep=True)
+    different = {i for i, reason in expected.items() if reason == "field_mismatch"}
+    assert sum(done.inserted.values()) == len(expected) - len(different)
     assert (done.refused_total, done.already_there) == (0, 0)
-    assert done.left == ({"field_mismatch": len(expected) - len(missing)} if len(expected) > len(missing) else {})
-    await stand.run()
-    assert stand.found() == {i: reason for i, reason in expected.items() if reason == "field_mismatch"}
-    overwritten = await mended(stand, overwrite=True)
-    assert overwritten.overwritten == len(expected) - len(missing)
-    line = await stand.run(deep=True)
-    outside = {i for i, r in expected.items() if r == "field_mismatch"} & {d.log_id for d in stand.seen}
-    assert (line.outcome, outside) == ("clean", set())
-    again = await mended(stand, overwrite=True)
+    assert done.left == ({"field_mismatch": len(different)} if different else {})
+    await stand.run(deep=True)
+    assert stand.found() == dict.fromkeys(different, "field_mismatch")
+    overwritten = await mended(stand, deep=True, overwrite=True)
+    assert (overwritten.overwritten, overwritten.changed_meanwhile) == (len(different), 0)
+    for deep in (False, True):
+        line = await stand.run(deep=deep)
+        assert (line.outcome, stand.seen) == ("clean", [])
+    items = await hands.items()
+    assert {i: items[i] for i in harmed.keys} == {i: before[i] for i in harmed.keys}
+    again = await mended(stand, deep=True, overwrite=True)
     assert again.document() == {**again.document(), "inserted": {}, "overwritten": 0, "left": {}}
 
 
@@ -144,7 +158,7 @@ async def test_a_field_changed_without_its_digest_is_found_by_deep_alone(hands):
     assert (await hands.stand.run()).outcome == "clean"
     assert (await hands.stand.run(deep=True)).outcome == "divergent"
     assert hands.stand.found() == {log_id(2): "field_mismatch"}
-    assert hands.stand.seen[0].fields == ("user_id",)
+    assert hands.stand.seen[0].fields == ("user_id", "h")  # the item was changed, not the row: its digest tells
     repair = repairing(hands.stand, overwrite=True)
     await hands.stand.validator.run(WINDOW, Options(deep=True), found=repair.mend)
     assert repair.result.overwritten == 1
@@ -157,10 +171,68 @@ async def test_items_that_no_sidecar_wrote_are_named_as_such(hands):
     await store_all(hands.stand.stores[DYNAMODB], [record(7), record(8)])
     await hands.set(7, h={"B": b"sixteen bytes..."})
     await hands.set(8, log_type=None)
-    line = await hands.stand.run()
-    assert hands.stand.found() == {log_id(7): "foreign_writer", log_id(8): "foreign_writer"}
-    assert line.outcome == "divergent"
-    assert (await mended(hands.stand)).left == {"foreign_writer": 2}
+    await hands.set(1, log_timestamp={"S": "no time"})
+    await store_all(hands.stand.stores[DYNAMODB], [record(9)])
+    await hands.set(9, h={"S": "no binary"}, status_code={"S": "no number"})
+    foreign = dict.fromkeys((log_id(n) for n in (7, 8, 9)), "foreign_writer")
+    for deep in (False, True):
+        line = await hands.stand.run(deep=deep)
+        assert hands.stand.found() == foreign | ({log_id(1): "foreign_writer"} if deep else {})
+        assert line.outcome == "divergent"
+    assert (await mended(hands.stand)).left == {"foreign_writer": 3}
+
+
+async def test_one_item_is_one_difference_wherever_its_keys_put_it(hands):
+    """Its time changed behind its keys, or its sort key alone: found once, in the middle of others, in both modes."""
+    stand = hands.stand
+    await stand.write([record(n, log_timestamp=BASE + n * 1_000_000) for n in range(40)])
+    await hands.set(3, log_timestamp={"S": timestamp_text(BASE + 2 * DAY)})
+    await hands.set(5, gt={"S": f"{timestamp_text(BASE + 20_500_000)}#{log_id(5)}"})
+    await hands.set(7, gt={"S": f"{timestamp_text(BASE + 30_000_000)}#{log_id(30)}"})
+    await hands.set(9, gt={"S": "2026-01-15 no time"})
+    await stand.run()
+    assert stand.found() == {log_id(n): "field_mismatch" for n in (5, 7, 9)}
+    line = await stand.run(deep=True)
+    assert {d.log_id: d.fields for d in stand.seen} == {
+        log_id(3): ("log_timestamp", "h", "gt", "gs"),
+        **{log_id(n): ("gt",) for n in (5, 7, 9)},
+    }
+    assert (line.sql_records, line.dynamo_records) == (40, 40)
+    lone = record(50, log_timestamp=BASE + 1)
+    await store_all(stand.stores[DYNAMODB], [lone])
+    await hands.set(50, gt={"S": f"{timestamp_text(BASE + 30_000_000)}#{log_id(31)}"})
+    for deep in (False, True):
+        await stand.run(deep=deep)
+        assert stand.found()[log_id(50)] == "missing_in_sql"
+
+
+async def test_a_record_in_another_shard_that_readers_look_into_is_no_difference(hands):
+    """Every query finds it; a shard beyond them would hide it (control)."""
+    stand = hands.stand
+    await stand.write(records(3))
+    head, _, shard = (await hands.items())[log_id(1)]["gs"]["S"].rpartition("#")
+    for beside in range(4):  # the schedule's number
+        await hands.set(1, gs={"S": f"{head}#{beside}"})
+        assert ((await stand.run(deep=True)).outcome, int(shard) in range(4)) == ("clean", True)
+    for deep, wrong in itertools.product((False, True), ("4", "00", "-1", "", "9" * 900)):
+        await hands.set(1, gs={"S": f"{head}#{wrong}"})
+        assert (await stand.run(deep=deep)).outcome == "divergent"
+
+
+async def test_an_item_whose_keys_are_wrong_is_not_overwritten_once_it_has_changed(hands):
+    """A live write came in between: other content is not replaced, and the run says so."""
+    stand = hands.stand
+    await stand.write(records(3))
+    await hands.set(1, gc=None)
+    repair = repairing(stand, overwrite=True)
+
+    async def found(differences):
+        await store_all(stand.stores[DYNAMODB], [record(1, user_id="the live one")])
+        await repair.mend(differences)
+
+    await stand.validator.run(WINDOW, options_of(deep=True), found=found)
+    assert (repair.result.overwritten, repair.result.changed_meanwhile) == (0, 1)
+    assert (await stand.stores[DYNAMODB].get(log_id(1))).user_id == "the live one"
 
 
 async def test_a_dry_run_changes_nothing_and_says_what_would_be_refused(hands):

@@ -30,12 +30,16 @@ async def test_the_report_is_the_injected_set_over_a_hundred_seeds(deep, monkeyp
         stand = ConsistencyStand()
         held = population(rng, rng.randrange(20, 120))
         await stand.write(held)
-        deeds, expected = harm(rng, held)
+        done = harm(rng, held)
+        expected = done.deep if deep else done.expected
         for name in STORES:
-            harm_memory(stand.stores[name], deeds[name])
+            harm_memory(stand.stores[name], done.deeds[name])
         line = await stand.run(deep=deep)
         assert stand.found() == expected, seed
-        assert line.outcome == "divergent"
+        assert line.outcome == ("divergent" if expected else "clean")
+        assert {d.log_id: d.fields for d in stand.seen if d.keys} == {
+            i: (done.keys[i],) for i in done.keys if i in expected
+        }
         assert sum(line.reasons.values()) == len(expected)
         kinds |= set(expected.values())
         for example in line.examples:
@@ -342,7 +346,8 @@ async def test_a_failure_that_passes_costs_time_and_changes_nothing(call, monkey
     monkeypatch.setattr(module, "_STRETCH", 0.0)
     rng = random.Random(11)
     held = population(rng, 60)
-    deeds, expected = harm(rng, held)
+    done = harm(rng, held)
+    deeds, expected = done.deeds, done.expected
     stand = ConsistencyStand()
     await stand.write(held)
     for name in STORES:
@@ -382,7 +387,8 @@ async def test_a_stopped_run_goes_on_where_it_stopped_and_comes_to_the_same(monk
     monkeypatch.setattr(module, "_STRETCH", 0.0)
     rng = random.Random(7)
     held = population(rng, 150)
-    deeds, expected = harm(rng, held)
+    done = harm(rng, held)
+    deeds, expected = done.deeds, done.expected
     stands = [ConsistencyStand() for _ in range(2)]
     for stand in stands:
         await stand.write(held)

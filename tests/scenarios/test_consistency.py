@@ -19,7 +19,7 @@ from tests.scenarios.test_reads import get, old, sql
 from tests.scenarios.test_write_path import post
 
 SECONDS = float(os.environ.get("VALIDATION_SECONDS", "10"))
-"""How long the validator runs under load; ``make faults`` asks for 90."""
+"""How long the validator runs under load; ``make ci-faults`` asks for 90."""
 DAY = "/api/migration/validate-consistency?startDate=2026-01-15&endDate=2026-01-15"
 FAST = {"settle": "1s", "interval": "0s"}
 
@@ -138,7 +138,7 @@ async def at_rest(*sidecars):
     return found
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 + int(SECONDS))
 async def test_under_load_retries_restarts_and_a_second_sidecar_nothing_is_called_divergent_that_is_not(stand, http):
     """Zero false positives; then one record is taken away behind the sidecars: found in the next round, repaired."""
     settings = {

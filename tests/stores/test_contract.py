@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sidecar.errors import RetryClass, StoreError
-from sidecar.record import LogRecord, digest
+from sidecar.record import LogRecord
 from sidecar.stores.base import (
     ByApplication,
     ByCorrelation,
@@ -26,6 +26,7 @@ from sidecar.stores.base import (
     Query,
     ScanEntry,
     Store,
+    entry_of,
 )
 from sidecar.stores.memory import MemoryStore
 from tests.stores.records import BASE, DAY, FIRST_TIME, LAST_TIME, fresh, log_id, log_records, record, records
@@ -360,4 +361,4 @@ def _position(of: LogRecord) -> Position:
 
 def _scan_of(batch: Sequence[LogRecord]) -> list[ScanEntry]:
     ordered = newest_first(batch)[::-1]
-    return [ScanEntry(r.log_timestamp, r.log_id, digest(r)) for r in ordered]
+    return [entry_of(r) for r in ordered]

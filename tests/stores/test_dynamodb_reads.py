@@ -10,7 +10,7 @@ import pytest
 from sidecar import settings
 from sidecar.clock import SystemClock
 from sidecar.errors import RetryClass, StoreError
-from sidecar.record import LogRecord, digest
+from sidecar.record import LogRecord
 from sidecar.stores import dynamodb_scan
 from sidecar.stores.base import (
     ByApplication,
@@ -21,6 +21,7 @@ from sidecar.stores.base import (
     Position,
     Query,
     ScanEntry,
+    entry_of,
 )
 from sidecar.stores.dynamodb import DynamoDBStore
 from tests.parts.dynamodb import DAY_US, NOON_US, newest_first, record, store_all
@@ -285,7 +286,7 @@ async def test_counts_are_exact(
 
 def entries(batch: Sequence[LogRecord]) -> list[ScanEntry]:
     """What a scan of these gives."""
-    return sorted(ScanEntry(r.log_timestamp, r.log_id, digest(r)) for r in batch)
+    return sorted(entry_of(r) for r in batch)
 
 
 @pytest.mark.parametrize(("run", "merge"), [(32_768, 64), (40, 64), (16, 3)])

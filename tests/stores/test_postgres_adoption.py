@@ -11,7 +11,7 @@ import pytest
 from sidecar import settings
 from sidecar.clock import SystemClock
 from sidecar.errors import ConfigError, RetryClass, StoreError
-from sidecar.record import LogRecord, digest
+from sidecar.record import LogRecord
 from sidecar.settings import Adopted, AdoptedColumns
 from sidecar.stores.base import (
     ByApplication,
@@ -22,7 +22,7 @@ from sidecar.stores.base import (
     ErrorsOn,
     Position,
     Query,
-    ScanEntry,
+    entry_of,
     position_of,
     summary_of,
 )
@@ -122,7 +122,7 @@ class TestTheSpecificationsTable:
         expected = [entry async for entry in model.scan(BASE, BASE + DAY)]
         assert [entry async for entry in specified_store.scan(BASE, BASE + DAY)] == expected
         streamed = [r async for page in specified_store.stream(BASE, BASE + DAY) for r in page]
-        assert [ScanEntry(r.log_timestamp, r.log_id, digest(r)) for r in streamed] == expected
+        assert [entry_of(r) for r in streamed] == expected
         assert len(await specified_store.sample(before=BASE + DAY, limit=20)) == 20
 
     async def test_no_row_is_ever_updated(
