@@ -1,4 +1,4 @@
-"""``python -m benchmarks.backfill --rows 200000``: what a backfill costs, in time, memory, units, and to live traffic.
+"""``python -m benchmarks.backfill --rows 200000``: what backfill and validation cost, also to live traffic.
 
 1. **There**: N rows of history in PostgreSQL (30 days of them), an empty DynamoDB that keeps and counts
    (``table_dynamodb``), one process of ``sidecar backfill`` without a bound on its rate: records/s, its highest
@@ -6,11 +6,15 @@
    rows stands beside it: flat means that they are about equal.
 2. **Again**: the same once more, everything is there: what idempotence costs.
 3. **Back**: PostgreSQL emptied, all of it copied back.
-4. **Beside live traffic**: a sidecar in ``dual_write`` under an open load, first alone, then with a backfill at its
-   default rate on the same two stores: the answers' p99, and their ratio (to be at most 1.3).
+4. **Validate**: ``sidecar validate --all`` without a bound on its rate, fast (through the index) and deep (every item):
+   the same figures, a record being one that both stores hold.
+5. **Beside live traffic**: a sidecar in ``dual_write`` under an open load, alone, then with a backfill at its default
+   rate on the same two stores, then with a validation of everything at its default rate: the answers' p99, and the
+   ratios (to be at most 1.3).
 
 One JSON object on stdout; progress on stderr. Meant for a quiet machine with two cores: one for what is measured (the
-backfill in 1 to 3, the sidecar in 4), one for everything else (the backfill in 4: a Job has a node of its own).
+command in 1 to 4, the sidecar in 5), one for everything else (the command in 5: a Job has a node of its own).
+``--skip beside`` and the like leave parts out where there is no time for all.
 """
 
 import argparse
@@ -102,6 +106,7 @@ class Bench:
                     "spool": {"directory": str(self.directory / "spool"), "allow_volatile": True},
                     "postgres": {"host": "127.0.0.1", "port": self.database.port, "user": "postgres"},
                     "dynamodb": {"endpoint_url": self.endpoint, "region": "eu-west-1"},
+                    "validation": {"interval": "0s"},  # what is measured beside the load is started here
                 }
             )
         )
@@ -145,13 +150,26 @@ class Bench:
             await sql.close()
 
     def backfill(self, *arguments: str) -> dict[str, Any]:
-        """Run one process to its end; what it told, how long it took, its memory, and the units it cost."""
+        """Run one to its end."""
+        told, figures = self.command("looked_at", "backfill", *arguments, "--json")
+        return {"copied": told.get("copied"), **figures}
+
+    def validate(self, *arguments: str) -> dict[str, Any]:
+        """Compare everything, as fast as it goes."""
+        told, figures = self.command("sql_record_count", "validate", "--all", "--rate", "0", *arguments)
+        return {"outcome": told.get("outcome"), **figures}
+
+    def command(self, counted: str, *arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run one process to its end; what it told, how long it took, its memory, and the units it cost.
+
+        ``counted`` is the member of its answer that says how many records it was about.
+        """
         before = self.stats()
         out = self.directory / "told.json"
         begun = time.monotonic()
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         with out.open("wb") as sink, (self.directory / "backfill.log").open("ab") as log:
-            argv = python("-m", "sidecar", "backfill", *arguments, "--json", "--config", str(self.config))
+            argv = python("-m", "sidecar", *arguments, "--config", str(self.config))
             process = subprocess.Popen(
                 ["taskset", "-c", ",".join(map(str, sorted(self.cores.under_test))), *argv],
                 stdout=sink,
@@ -167,11 +185,10 @@ class Bench:
         cpu_seconds = cpu.ru_utime + cpu.ru_stime - used.ru_utime - used.ru_stime
         after = self.stats()
         told = json.loads(out.read_text() or "{}")
-        rows = max(1, told.get("looked_at", 0))
-        return {
+        rows = max(1, told.get(counted, 0))
+        return told, {
             "exit": process.returncode,
-            "looked_at": told.get("looked_at"),
-            "copied": told.get("copied"),
+            "records": told.get(counted),
             "seconds": round(seconds, 2),
             "records_per_second": round(rows / seconds),
             "cpu_seconds_per_million": round(cpu_seconds * 1e6 / rows, 1),
@@ -204,40 +221,40 @@ def _peak(pid: int) -> float:
 
 
 def beside(bench: Bench, seconds: float, rounds: int) -> dict[str, Any]:
-    """The p99 of live answers without and with a backfill at its default rate, in turns; the median of each."""
+    """The p99 of live answers alone, beside a backfill and beside a validation, in turns; the median of each."""
     serve = python("-m", "sidecar", "serve", "--config", str(bench.config))
     child = Child("sidecar", serve, bench.cores.under_test, bench.directory / "sidecar.log", env=CREDENTIALS)
-    figures: dict[str, list[dict[str, float]]] = {"alone": [], "beside": []}
+    figures: dict[str, list[dict[str, float]]] = {"alone": [], "backfill": [], "validation": []}
+    log = bench.directory / "beside.log"
     try:
         ready = f"http://127.0.0.1:{bench.ports[1]}/readyz"
         wait_until("ready", lambda: _answers(ready), 60, child, step=0.1)
         bench.live(2.0)
         for _ in range(rounds):
             figures["alone"].append(bench.live(seconds)["latency_ms"])
-            argv = ["-m", "sidecar", "backfill", "--from", "postgres", "--to", "dynamodb", "--restart"]
-            backfill = Child(
-                "backfill",
-                python(*argv, "--config", str(bench.config)),
-                bench.cores.others,
-                bench.directory / "backfill.log",
-                env=CREDENTIALS,
-            )
-            wait_until("copying", lambda: b": copy\n" in (bench.directory / "backfill.log").read_bytes(), 600, backfill)
-            figures["beside"].append(bench.live(seconds)["latency_ms"])
-            backfill.stop()
-            (bench.directory / "backfill.log").write_bytes(b"")
+            for name, begun, argv in (
+                ("backfill", b": copy\n", ["backfill", "--from", "postgres", "--to", "dynamodb", "--restart"]),
+                ("validation", b"compared", ["validate", "--all"]),
+            ):
+                log.write_bytes(b"")
+                command = python("-m", "sidecar", *argv, "--config", str(bench.config))
+                job = Child(name, command, bench.cores.others, log, env=CREDENTIALS)
+                wait_until(f"{name} is at work", lambda begun=begun: begun in log.read_bytes(), 600, job)
+                figures[name].append(bench.live(seconds)["latency_ms"])
+                job.stop()
     finally:
         child.stop()
     p99 = {name: statistics.median(each["p99"] for each in found) for name, found in figures.items()}
-    ratio = p99["beside"] / p99["alone"]
+    ratios = {name: round(p99[name] / p99["alone"], 2) for name in ("backfill", "validation")}
     return {
         "live_rate": LIVE_RATE,
         "backfill_rate": DEFAULT_RATE,
+        "validation_rate": settings.Validation().rate,
         "p99_ms": p99,
         "rounds": figures,
-        "ratio": round(ratio, 2),
+        "ratios": ratios,
         "bar": RATIO,
-        "reached": ratio <= RATIO,
+        "reached": max(ratios.values()) <= RATIO,
     }
 
 
@@ -254,6 +271,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load beside and without the backfill")
     parser.add_argument("--rounds", type=int, default=3, help="of both, in turns")
+    parser.add_argument("--skip", action="append", default=[], choices=("again", "back", "validate", "beside"))
     arguments = parser.parse_args()
     rows = arguments.rows
     result: dict[str, Any] = {"rows": rows}
@@ -272,21 +290,28 @@ def main() -> None:
             asyncio.run(bench.fill(rows // 10, rows - rows // 10, rows))
             say("there")
             result["there"] = bench.backfill(*there)
-            say("again")
-            result["again"] = bench.backfill(*there)
-            say("back")
-            asyncio.run(bench.database.execute("postgres", "TRUNCATE integration_logs"))
-            result["back"] = bench.backfill(
-                "--from", "dynamodb", "--to", "postgres", "--hours", "all", "--rate", "none"
-            )
             assert bench.stats()["distinct"] == rows, "not every row is in DynamoDB"
-            number = asyncio.run(bench.database.execute("postgres", "SELECT count(*) FROM integration_logs"))
-            assert number == rows, f"{number} rows came back"
-            say("beside live traffic")
-            # History that DynamoDB lacks again, enough for every round at the default rate.
-            needed = int(DEFAULT_RATE * (arguments.seconds + 10) * arguments.rounds)
-            asyncio.run(bench.fill(rows, needed, rows))
-            result["beside"] = beside(bench, arguments.seconds, arguments.rounds)
+            if "again" not in arguments.skip:
+                say("again")
+                result["again"] = bench.backfill(*there)
+            if "validate" not in arguments.skip:
+                say("validate")
+                result["validate"] = bench.validate()
+                result["validate deep"] = bench.validate("--deep")
+            if "back" not in arguments.skip:
+                say("back")
+                asyncio.run(bench.database.execute("postgres", "TRUNCATE integration_logs"))
+                result["back"] = bench.backfill(
+                    "--from", "dynamodb", "--to", "postgres", "--hours", "all", "--rate", "none"
+                )
+                number = asyncio.run(bench.database.execute("postgres", "SELECT count(*) FROM integration_logs"))
+                assert number == rows, f"{number} rows came back"
+            if "beside" not in arguments.skip:
+                say("beside live traffic")
+                # History that DynamoDB lacks again, enough for every round at the default rate.
+                needed = int(DEFAULT_RATE * (arguments.seconds + 10) * arguments.rounds)
+                asyncio.run(bench.fill(rows, needed, rows))
+                result["beside"] = beside(bench, arguments.seconds, arguments.rounds)
         finally:
             bench.stop()
     json.dump(result, sys.stdout, indent=1)

@@ -15,6 +15,7 @@ import re
 import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Self
 from zlib import crc32
 
@@ -120,6 +121,12 @@ class Expression:
             return lambda _: value
         name = self._name(token)
         return lambda item: plain(item.get(name))
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Expression:
+    """A condition without names and values, which is the same for every call."""
+    return Expression(text, {}, {})
 
 
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -240,9 +247,8 @@ def _condition(request: Json, item: Json | None) -> None:
     text = request.get("ConditionExpression")
     if text is None:
         return
-    expression = Expression(
-        text, request.get("ExpressionAttributeNames", {}), request.get("ExpressionAttributeValues", {})
-    )
+    names, values = request.get("ExpressionAttributeNames", {}), request.get("ExpressionAttributeValues", {})
+    expression = Expression(text, names, values) if names or values else _parsed(text)
     if not expression.test(item or {}):
         raise ApiError("ConditionalCheckFailedException", "The conditional request failed")
 

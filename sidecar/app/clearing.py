@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 from sidecar.app.backfill import job_store
+from sidecar.app.consistency import home_of
 from sidecar.app.delivery import build_stores
 from sidecar.backfill.clearing import Asked, Stand, clear
 from sidecar.backfill.comparison import Comparison
@@ -42,6 +43,7 @@ async def clear_dynamodb(settings: Settings, asked: Asked, say: Callable[[str], 
                 now_us=clock.now_us,
             ),
             jobs=jobs,
+            verdicts=home_of(stores).verdicts,
             recreate=recreate,
             clock=clock,
         )

@@ -14,7 +14,8 @@ ORDER, and what a failure at each stage leaves:
 
 1. The audit trail says what is intended, in both stores.
 2. Gap lines (``history``) are opened for every hour in which PostgreSQL holds records, and for the hours around now. A
-   failure: DynamoDB is whole, the lines say too much, and a backfill closes them.
+   failure: DynamoDB is whole, the lines say too much, and a backfill closes them. All those days are noted as written
+   to: no verdict of what is about to be thrown away stands.
 3. Checkpoints of jobs into DynamoDB are ended: a backfill that ran meanwhile is fenced off, and none resumes as if its
    copies were still there.
 4. The table is deleted and created again. A failure between the two: sidecars hold their backlog (``blocked``) until
@@ -39,6 +40,7 @@ from sidecar.fleet_tables import AuditEntry, FleetRecord, FleetStore
 from sidecar.gaps import GapLedger, GapLine
 from sidecar.phase import DYNAMODB, POSTGRES, TABLE, Phase, StoreName
 from sidecar.stores.base import HOUR_US, Store
+from sidecar.verdicts import DAY_US, ValidationLedger
 
 _LINES_AT_ONCE: Final = 1_000
 _AHEAD: Final = 25  # hours from now in which a record may be stamped
@@ -73,6 +75,7 @@ class Stand:
     fleets: dict[StoreName, FleetStore]
     only_in_dynamodb: Validator  # DynamoDB's records, as they stand in PostgreSQL
     jobs: JobStore
+    verdicts: ValidationLedger
     recreate: Callable[[], Awaitable[Sequence[str]]]  # delete the table and make it again
     clock: Clock
 
@@ -176,6 +179,8 @@ async def open_history(stand: Stand, source: str) -> int:
     ]
     for at in range(0, len(lines), _LINES_AT_ONCE):
         await stand.ledgers[POSTGRES].put_gaps(lines[at : at + _LINES_AT_ONCE])
+    now_us = stand.clock.now_us()
+    await stand.verdicts.note_writes({hour * HOUR_US // DAY_US: now_us for hour in counts})
     return total
 
 

@@ -23,7 +23,7 @@ A failure of any of these is a failure of the run: an error is never an explanat
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol
@@ -41,7 +41,7 @@ from sidecar.stores.base import Store
 HOUR_US: Final = 3_600_000_000
 _AT_ONCE: Final = 8  # records read at a time
 _UNREADABLE: Final = "UnreadableAnswer"  # code of an answer, here an item, that is not what a sidecar writes
-_TASKS: Final = 256  # waiting for their turn to be read
+PART: Final = 256  # candidates that are decided at a time: two records of each are in memory
 _MIRRORED: Final = 5.0  # seconds in which every dead letter of the fleet has a line
 _PAUSE: Final = 1.0  # seconds between two looks at what does not go away
 _COMPUTED: Final = re.compile("51deca70-[0-9a-f]{4}-8000-.*")  # ids computed from rows that no sidecar wrote
@@ -119,15 +119,25 @@ class Explainer:
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self.settled = Settled()
 
-    async def differences(self, candidates: Sequence[Candidate], read_at: float) -> list[Difference]:
-        """What is left of candidates that were read by ``read_at`` (monotonic seconds), in their order."""
-        if not candidates:
-            return []
+    async def differences(self, candidates: Sequence[Candidate], read_at: float) -> AsyncGenerator[list[Difference]]:
+        """What is left of candidates that were read by ``read_at`` (monotonic seconds), part by part.
+
+        A part is small, because a difference holds both stores' record: memory does not grow with their number.
+        """
         history, candidates = await self._of_history(candidates)
+        if history:
+            yield history
         if not candidates:
-            return history
+            return
         self.settled = await patiently(lambda: self._whereabouts.settle(self._rules.settle), self._clock)
-        found = await self._look(candidates)
+        fates = await self._fates(candidates)
+        for start in range(0, len(candidates), PART):
+            yield await self._decide(candidates[start : start + PART], fates, read_at)
+
+    async def _decide(
+        self, candidates: Sequence[Candidate], fates: Mapping[str, Mapping[StoreName, Known]], read_at: float
+    ) -> list[Difference]:
+        found = await self._look(candidates, fates)
         lasts = min(self._rules.settle, _MIRRORED) if self.settled.knows_all else self._rules.settle
         while True:
             doubtful = {d.log_id for d in found if d.reason in DIVERGENT and d.reason is not Reason.DEAD_LETTER}
@@ -135,10 +145,15 @@ class Explainer:
             if not doubtful or left <= 0:
                 break
             await self._clock.sleep(min(left, _PAUSE))
-            again = await self._look([c for c in candidates if c.log_id in doubtful])
+            looked_at = [c for c in candidates if c.log_id in doubtful]
+            again = await self._look(looked_at, await self._fates(looked_at))
             anew = {d.log_id: d for d in again}
             found = [anew.get(d.log_id, d) for d in found if d.log_id not in doubtful or d.log_id in anew]
-        return [*history, *await self._expected(found)]
+        return await self._expected(found)
+
+    async def _fates(self, candidates: Sequence[Candidate]) -> Mapping[str, Mapping[StoreName, Known]]:
+        ids = [c.log_id for c in candidates if not self._expired(c)]
+        return await patiently(lambda: self._whereabouts.fates(ids), self._clock) if ids else {}
 
     async def _of_history(self, candidates: Sequence[Candidate]) -> tuple[list[Difference], list[Candidate]]:
         """What an open gap of kind ``history`` explains needs no look: there may be millions before a backfill."""
@@ -160,16 +175,12 @@ class Explainer:
                 left.append(each)
         return explained, left
 
-    async def _look(self, candidates: Sequence[Candidate]) -> list[Difference]:
+    async def _look(
+        self, candidates: Sequence[Candidate], fates: Mapping[str, Mapping[StoreName, Known]]
+    ) -> list[Difference]:
         found = [Difference(c.log_id, c.log_timestamp, Reason.EXPIRED) for c in candidates if self._expired(c)]
-        candidates = [c for c in candidates if not self._expired(c)]
-        ids = [c.log_id for c in candidates]
-        fates = await patiently(lambda: self._whereabouts.fates(ids), self._clock)
-        for start in range(0, len(candidates), _TASKS):
-            part = candidates[start : start + _TASKS]
-            looks = await _all([self._one(each, fates.get(each.log_id, {})) for each in part])
-            found += [d for d in looks if d is not None]
-        return found
+        looks = await _all([self._one(c, fates.get(c.log_id, {})) for c in candidates if not self._expired(c)])
+        return [*found, *(d for d in looks if d is not None)]
 
     async def _one(self, seen: Candidate, fates: Mapping[StoreName, Known]) -> Difference | None:
         async with self._slots:

@@ -11,12 +11,14 @@ INVARIANTS
   window covers the day from its first instant.
 * Clean is said only at the end, and only of a run in which nothing failed: a StoreError ends the run as ``failed``.
 
-BOUNDS: memory by ``_CANDIDATES``; the stores' load by ``rate`` (records of either store a second).
+BOUNDS: memory by ``_CANDIDATES`` (some 300 bytes each) and ``explain.PART`` (two records each); the stores' load by
+``rate`` (records of either store a second).
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Final, cast
 
@@ -258,11 +260,12 @@ class _Run:
                     stretch = more and len(candidates) < _CANDIDATES and self._clock.monotonic() < until
                     progress(Progress(merge.position_us or end, merge.compared, total))
                     await pace.took(merge.compared - before)
-                differences = await explainer.differences(candidates, self._clock.monotonic())
-                if found is not None:
-                    await found(differences)
-                total += len(differences)
-                self._count(differences, explainer)
+                async with aclosing(explainer.differences(candidates, self._clock.monotonic())) as parts:
+                    async for differences in parts:
+                        if found is not None:
+                            await found(differences)
+                        total += len(differences)
+                        self._count(differences, explainer)
                 await self._checkpoint(merge.position_us, explainer)
                 self._safe = self.line
         finally:

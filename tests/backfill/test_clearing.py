@@ -14,6 +14,7 @@ from sidecar.fleet_tables import AuditEntry, FleetRecord
 from sidecar.phase import DYNAMODB, POSTGRES, Phase
 from sidecar.stores.base import HOUR_US
 from sidecar.stores.memory import MemoryStore
+from sidecar.verdicts import DAY_US, MemoryLedger
 from tests.backfill.fakes import Jobs, Time
 from tests.backfill.test_parts import Ledger, line
 from tests.stores.records import BASE, record
@@ -45,8 +46,13 @@ class World:
         self.ledgers = {POSTGRES: Ledger(), DYNAMODB: Ledger()}
         self.fleets = {POSTGRES: Fleet(), DYNAMODB: Fleet()}
         self.jobs = Jobs()
+        self.verdicts = MemoryLedger()
         self.wished = Phase.DUAL_WRITE
         self.done: list[str] = []
+
+    @property
+    def postgres_days(self) -> set[int]:
+        return {r.log_timestamp // DAY_US for r in self.postgres._records.values()}
 
     async def filled(self) -> "World":
         for store in (self.postgres, self.dynamodb):
@@ -56,6 +62,7 @@ class World:
     async def recreate(self) -> Sequence[str]:
         assert [e.outcome for f in self.fleets.values() for e in f.trail] == ["intended", "intended"]
         assert {each.hour for each in await self.ledgers[POSTGRES].gaps()} >= {HOUR, HOUR + 1}
+        assert self.postgres_days <= (await self.verdicts.writes()).keys()
         self.done.append("recreated")
         return ["table logs deleted"]
 
@@ -68,6 +75,7 @@ class World:
             fleets=dict(self.fleets),  # type: ignore[arg-type]  # what is asked of them
             only_in_dynamodb=Comparison(self.dynamodb, self.postgres, settle_us=1, now_us=self.time.now_us),
             jobs=self.jobs,
+            verdicts=self.verdicts,
             recreate=self.recreate,
             clock=self.time,
         )
@@ -86,6 +94,7 @@ async def refusal(world: World, asked: Asked = GOOD) -> str:
     assert world.done == []
     assert [each for fleet in world.fleets.values() for each in fleet.trail] == []
     assert [each for each in await world.ledgers[POSTGRES].gaps() if each.store == DYNAMODB] == []
+    assert await world.verdicts.writes() == {}
     return str(caught.value)
 
 

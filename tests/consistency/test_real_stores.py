@@ -12,7 +12,7 @@ from sidecar.consistency.repair import Repair
 from sidecar.phase import DYNAMODB, POSTGRES, STORES
 from sidecar.record import timestamp_text
 from sidecar.stores.dynamodb import DynamoDBStore
-from sidecar.verdicts import MemoryLedger
+from sidecar.verdicts import DAY_US, MemoryLedger
 from tests.consistency.stand import WINDOW, ConsistencyStand, Told, harm, population
 from tests.parts.dynamodb import store_all
 from tests.stores.records import BASE, DAY, log_id, record, records
@@ -204,6 +204,28 @@ async def test_one_item_is_one_difference_wherever_its_keys_put_it(hands):
     for deep in (False, True):
         await stand.run(deep=deep)
         assert stand.found()[log_id(50)] == "missing_in_sql"
+
+
+@pytest.mark.parametrize("deep", [False, True])
+async def test_a_window_has_its_first_instant_and_not_its_end_and_each_record_counts_for_its_own_day(hands, deep):
+    """On the borders of window, day and hour, to the microsecond: counted by day, missing if inside, unseen if not."""
+    stand, hour = hands.stand, 3_600_000_000
+    start, end = BASE - hour, BASE + DAY + 1
+    midnight = BASE // DAY_US * DAY_US + DAY_US
+    times = (start - 1, start, midnight - 1, midnight, midnight + hour - 1, midnight + hour, end - 1, end, end + hour)
+    batch = [record(n, log_timestamp=us) for n, us in enumerate(times)]
+    await stand.write(batch)
+    line = await stand.run(Window(start, end), deep=deep)
+    assert (line.outcome, line.sql_records, line.dynamo_records) == ("clean", 6, 6)
+    await stand.run(Window(midnight, midnight + DAY_US), deep=deep)
+    (day,) = [d for d in await stand.ledger.days() if d.day == midnight // DAY_US]
+    inside = [r for r in batch if midnight <= r.log_timestamp < midnight + DAY_US]
+    assert (day.whole, day.sql_records, day.dynamo_records) == (True, len(inside), len(inside))
+    await hands.do({POSTGRES: [("delete", r) for r in batch[::2]], DYNAMODB: [("delete", r) for r in batch[1::2]]})
+    await stand.run(Window(start, end), deep=deep)
+    assert stand.found() == {
+        r.log_id: "missing_in_dynamo" if n % 2 else "missing_in_sql" for n, r in enumerate(batch) if 1 <= n <= 6
+    }
 
 
 async def test_a_record_in_another_shard_that_readers_look_into_is_no_difference(hands):

@@ -8,7 +8,7 @@ import pytest
 
 from sidecar.consistency import DIVERGENT, Options, Reason, Rules, Settled, Window, document
 from sidecar.consistency import validator as module
-from sidecar.consistency.explain import Known
+from sidecar.consistency.explain import PART, Known
 from sidecar.errors import RetryClass, StoreError
 from sidecar.gaps import GapLine
 from sidecar.phase import STORES
@@ -259,6 +259,29 @@ async def test_every_reason_is_either_divergent_or_undecided_or_expected_and_wor
         Reason.OLD_WRITER,
         Reason.FOREIGN_WRITER,
     } == DIVERGENT
+
+
+async def test_thousands_of_differences_are_all_counted_and_never_all_in_memory(monkeypatch):
+    """Each is given out once, a few at a time; a hundred are shown, and the report says that it is not all."""
+    monkeypatch.setattr(module, "_CANDIDATES", 2_000)
+    monkeypatch.setattr(module, "_STEP", 500)
+    stand = ConsistencyStand(whereabouts=Told())
+    held = [record(n, log_timestamp=BASE + n) for n in range(5_000)]
+    await stand.write(held, "postgres")
+    await stand.write(held[::5], "dynamodb")
+    sizes, lost = [], {r.log_id for n, r in enumerate(held) if n % 5}
+
+    async def found(differences):
+        sizes.append(len(differences))
+        lost.difference_update(d.log_id for d in differences)
+
+    line = await stand.validator.run(WINDOW, Options(), found=found)
+    assert (sum(sizes), lost, max(sizes) <= PART) == (4_000, set(), True)
+    assert (line.reasons, line.sql_records, line.dynamo_records, line.matched) == (
+        *({"missing_in_dynamo": 4_000}, 5_000, 1_000, 1_000),
+    )
+    told = document(line)
+    assert (len(told["examples"]), told["examples_cut"], told["differences"]) == (100, True, 4_000)
 
 
 # --- records in motion -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import asyncpg
 import pytest
 
 from benchmarks.table_dynamodb import TableServer
@@ -22,11 +23,12 @@ from sidecar import settings
 from sidecar.clock import SystemClock
 from sidecar.consistency.evidence import Validations
 from sidecar.gaps import GapLine
-from sidecar.record import LogRecord
+from sidecar.record import LogRecord, to_dict
 from sidecar.stores.dynamodb import DynamoDBStore
 from sidecar.stores.postgres import PostgresStore
 from sidecar.verdicts import DAY_US, DayVerdict, RunLine
 from tests.parts import oracle
+from tests.parts.adopted import old_rows
 from tests.parts.dynamodb import CREDENTIALS
 from tests.parts.fault_proxy import FaultProxy, Hang, Refuse, Reset, Unprocess
 from tests.parts.postgres import connect
@@ -171,12 +173,14 @@ async def in_dynamodb(stand: Stand, batch: Sequence[LogRecord]) -> None:
         await store.close()
 
 
-async def test_killed_twice_and_resumed_every_record_is_there_and_a_second_run_writes_none(
-    stand: Stand, make: Make, dynamo: TableServer
+async def test_ten_thousand_adopted_rows_killed_twice_and_resumed_are_all_there_and_a_second_run_writes_none(
+    stand: Stand, make: Make, dynamo: TableServer, specified: settings.Postgres, application: asyncpg.Connection
 ) -> None:
-    """10,000 rows into DynamoDB, two SIGKILLs on the way: the stores are equal; the next run puts nothing."""
-    await in_postgres(stand, history(10_000))
-    runs = make()
+    """The specification's own table, 10,000 of its rows, two SIGKILLs: each is there once, under its computed id."""
+    old = await old_rows(application, BASE, 9_500)
+    old += await old_rows(application, BASE + 40 * DAY_US - 25_000_000, 500)  # the last of them on another day
+    adopt = {"enabled": True, "assume_zone": "UTC", "status_code_text": True}
+    runs = make(postgres={"database": specified.database, "table": specified.table, "adopt": adopt})
     for share in (2_500, 6_000):
         process = runs.spawn(*PG_TO_DYNAMO, "--rate", "2000")
         await eventually(lambda share=share: dynamo.state.puts > share, seconds=60, what="half-way")
@@ -184,7 +188,7 @@ async def test_killed_twice_and_resumed_every_record_is_there_and_a_second_run_w
     code, told = await runs.run(*PG_TO_DYNAMO, "--rate", "none")
     assert (code, told["good"], told["missing_after"]) == (0, True, 0)
     assert told["looked_at"] == 10_000  # the survey was not begun anew
-    oracle.assert_same(await stand.in_postgres(), await stand.in_dynamodb())
+    oracle.assert_same({r.log_id: to_dict(r) for r in old}, await stand.in_dynamodb())
     puts = dynamo.state.puts
     assert puts < 10_100  # every record once, and checkpoints: what a kill made it repeat met its condition
     code, told = await runs.run(*PG_TO_DYNAMO, "--rate", "none")
@@ -223,7 +227,7 @@ async def test_a_kill_leaves_no_verdict_standing_of_a_day_that_was_written_to(
         assert await stale() == set()
         stand.dynamo.on("UpdateItem", *[None] * 3, Hang())  # a note is an UpdateItem: the fourth is never answered
         runs = make(proxied=True)
-        process = runs.spawn(*way, "--rate", "100")
+        process = runs.spawn(*way, "--rate", "40")
         await eventually(lambda: stand.dynamo.calls["UpdateItem"] > 3, seconds=60, what="the days are being noted")
         runs.kill(process)
         held, noted = await there(), await stale()
@@ -231,12 +235,12 @@ async def test_a_kill_leaves_no_verdict_standing_of_a_day_that_was_written_to(
         assert written <= noted
         assert noted < days
         stand.dynamo.clear()
-        process = runs.spawn(*way, "--rate", "100")
+        process = runs.spawn(*way, "--rate", "40")
 
         async def some() -> bool:
             return len(await there()) > 100
 
-        await eventually(some, seconds=60, what="some are copied")
+        await eventually(some, seconds=60, every=0.5, what="some are copied")
         runs.kill(process)
         held = await there()
         assert len(held) < 400

@@ -3,6 +3,9 @@
 import asyncio
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -12,8 +15,8 @@ import aiohttp
 import pytest
 
 from tests.parts import oracle
-from tests.parts.fault_proxy import Refuse
-from tests.parts.sidecar import eventually
+from tests.parts.fault_proxy import Hang, Refuse
+from tests.parts.sidecar import ROOT, eventually
 from tests.scenarios.test_operator import TOKEN, _as_process, controlled, forbid
 from tests.scenarios.test_reads import get, old, sql
 from tests.scenarios.test_write_path import post
@@ -113,7 +116,8 @@ async def trouble(stand, victim, until):
         await asyncio.sleep(1.0)
         stand.dynamo.clear()
         victim.kill()
-        await victim.start()
+        victim.spawn()
+        await victim.ready(60)
         await stand.sql.refuse()
         await asyncio.sleep(0.5)
         await stand.sql.normal()
@@ -186,6 +190,38 @@ async def test_under_load_retries_restarts_and_a_second_sidecar_nothing_is_calle
 
     await eventually(settled, seconds=60, what="clean after the repair")
     oracle.assert_same(await stand.in_postgres(), await stand.in_dynamodb())
+
+
+async def test_a_comparison_that_is_stopped_could_not_check_and_another_goes_on_with_it(stand, http):
+    """SIGTERM, then SIGKILL: never clean, exit 2 where there is one; the same run goes on, and is clean in the end."""
+    sidecar = await controlled(stand, validation=FAST).start()
+    await post(http, sidecar, [old() for _ in range(60)])
+    await sidecar.drained()
+    words = ["validate", "--start", "2026-01-15", "--end", "2026-01-15"]
+    config = str(sidecar.mount.directory / "config.yaml")
+    stand.dynamo.on("Scan", Hang())
+    runs = []
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        calls = stand.dynamo.calls["Scan"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sidecar", *words, *(["--resume"] if runs else []), "--config", config],
+            cwd=ROOT,
+            env={**os.environ, **sidecar.environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        await eventually(lambda calls=calls: stand.dynamo.calls["Scan"] > calls, what="it reads")
+        process.send_signal(number)
+        out, err = await asyncio.to_thread(process.communicate, timeout=20)
+        assert out == b""
+        assert process.returncode == (2 if number == signal.SIGTERM else -number), err
+        runs.append((await sidecar.json("/api/migration/validation"))["runs"][0])
+        assert runs[-1]["outcome"] == ("stopped" if number == signal.SIGTERM else "running")
+        assert not runs[-1]["is_consistent"]
+    stand.dynamo.clear()
+    told = json.loads(await job(sidecar, *words, "--resume"))
+    assert {told["run"], *(run["run"] for run in runs)} == {told["run"]}
+    assert (told["outcome"], told["sql_record_count"]) == ("clean", 60)
 
 
 HOSTILE = (

@@ -44,6 +44,12 @@ class Operator:
             assert answer.status == 202, await answer.text()
             return (await answer.json())["log_ids"]
 
+    async def sends(self, ids: list[str]) -> None:
+        """Records without end, until cancelled; ``ids`` of those that were acknowledged."""
+        while True:
+            ids += await self.send(5)
+            await asyncio.sleep(0.02)
+
     async def phase(self) -> str:
         """Applied."""
         return (await self.sidecar.json("/api/migration"))["applied"]
@@ -126,8 +132,12 @@ async def test_a_fleet_walks_to_the_end_and_back_on_evidence_alone(stand, http, 
     await operator.reaches("dynamo_only")
     alone = await operator.send()
     await sidecar.drained()
-    assert not set(alone) & (await stand.in_postgres()).keys()
+    before = set(await stand.in_postgres())
+    assert not set(alone) & before
 
+    live: list[str] = []  # from here on to the end of the way back there is traffic
+    load = asyncio.create_task(operator.sends(live))
+    await eventually(lambda: len(live) > 50, what="records of phase 3 under load")
     await operator.run("phase", "rollback", "--to", "dual_write", "--why", "change 3", code=1)
     await operator.reaches("dual_write_read_dynamo")
     again = await operator.send()
@@ -139,6 +149,14 @@ async def test_a_fleet_walks_to_the_end_and_back_on_evidence_alone(stand, http, 
     assert "held by   no_open_gap: " in await operator.run("phase", "show", code=1)
     await operator.run("backfill", "--from", "dynamodb", "--to", "postgres")
     await operator.reaches("dual_write")
+    load.cancel()
+    await asyncio.gather(load, return_exceptions=True)
+    await sidecar.drained()
+    rows = await stand.in_postgres()
+    oracle.assert_same(rows, await stand.in_dynamodb())
+    acknowledged = {*alone, *again, *live}
+    assert acknowledged <= rows.keys() - before  # what phase 3 wrote alone, and what came since, came to PostgreSQL
+    assert len(rows.keys() - before - acknowledged) <= 5  # nothing else: but for a batch whose answer nobody awaited
     status, answer = await operator.ask("rollback")
     assert status in (200, 202), answer
     await operator.reaches("sql_only")
@@ -152,7 +170,7 @@ async def test_a_fleet_walks_to_the_end_and_back_on_evidence_alone(stand, http, 
     assert [(i["state"], i["phase"]) for i in fleet["instances"]] == [("live", "sql_only")]
 
     await sidecar.drained()
-    everything = [*sent, *alone, *again]
+    everything = [*sent, *alone, *again, *live]
     oracle.assert_holds(await stand.in_postgres(), everything)
     oracle.assert_holds(await stand.in_dynamodb(), everything)
     history = (await sidecar.json("/api/migration/history?limit=1000"))["history"]
