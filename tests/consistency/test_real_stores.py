@@ -189,7 +189,7 @@ async def test_one_item_is_one_difference_wherever_its_keys_put_it(hands):
     await hands.set(3, log_timestamp={"S": timestamp_text(BASE + 2 * DAY)})
     await hands.set(5, gt={"S": f"{timestamp_text(BASE + 20_500_000)}#{log_id(5)}"})
     await hands.set(7, gt={"S": f"{timestamp_text(BASE + 30_000_000)}#{log_id(30)}"})
-    await hands.set(9, gt={"S": "2026-01-15 no time"})
+    await hands.set(9, gt={"S": "2026-01-16 no time"})
     await stand.run()
     assert stand.found() == {log_id(n): "field_mismatch" for n in (5, 7, 9)}
     line = await stand.run(deep=True)
@@ -210,7 +210,7 @@ async def test_one_item_is_one_difference_wherever_its_keys_put_it(hands):
 async def test_a_window_has_its_first_instant_and_not_its_end_and_each_record_counts_for_its_own_day(hands, deep):
     """On the borders of window, day and hour, to the microsecond: counted by day, missing if inside, unseen if not."""
     stand, hour = hands.stand, 3_600_000_000
-    start, end = BASE - hour, BASE + DAY + 1
+    start, end = BASE - hour, BASE + 2 * DAY + 1
     midnight = BASE // DAY_US * DAY_US + DAY_US
     times = (start - 1, start, midnight - 1, midnight, midnight + hour - 1, midnight + hour, end - 1, end, end + hour)
     batch = [record(n, log_timestamp=us) for n, us in enumerate(times)]
