@@ -37,7 +37,7 @@ from sidecar.settings import Settings
 from sidecar.spool import disk
 from sidecar.spool.inspect import StoppedSpool
 from sidecar.stores.base import CountQuery
-from sidecar.verdicts import CLOCKS, RunLine
+from sidecar.verdicts import CLOCKS, DAY_US, RunLine
 
 EXITS: Final[Mapping[str, int]] = {"clean": 0, "divergent": 1}
 COULD_NOT: Final = 2
@@ -158,7 +158,7 @@ class _Job:
         """Tell a person which verdicts do not stand although the run came to its end; asking may fail."""
         with contextlib.suppress(StoreError):
             writes = await home_of(self.stores).verdicts.writes()
-            days = range(line.start_us // _DAY_US, -(-line.end_us // _DAY_US))
+            days = range(line.start_us // DAY_US, -(-line.end_us // DAY_US))
             number = sum(day in days and at_us >= line.started_us - CLOCKS for day, at_us in writes.items())
             if number:
                 _say(
