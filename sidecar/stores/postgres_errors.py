@@ -71,7 +71,7 @@ BY_SQLSTATE: Final[Mapping[str, Line]] = MappingProxyType(
         "3D": Line(_BLOCKED, "postgres.database names no database there"),
         "3F": Line(_BLOCKED, "postgres.schema names no schema there"),
         "42": Line(_BLOCKED),  # undefined table, missing privilege, another column type
-        "42501": Line(_BLOCKED, "grant INSERT and SELECT on the table and USAGE on its schema"),
+        "42501": Line(_BLOCKED, "grant what is missing; all that is needed stands in docs/STORES.md"),
         "42P01": Line(_BLOCKED, "the table is missing"),
         "42P05": Line(_BLOCKED, "a pooler between us? then set postgres.pgbouncer: true"),
         "42P10": Line(_BLOCKED, "log_id needs a unique index of its own"),
@@ -105,6 +105,10 @@ _STALE: Final = Line(_TRANSIENT, "the table's columns changed")
 _TLS_REFUSED: Final = ("tls_refused", Line(_BLOCKED, "the server speaks no TLS; see postgres.sslmode"))
 _REST: Final = Line(RetryClass.UNKNOWN)
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$]{0,62}", re.ASCII)
+_DENIED: Final = re.compile(
+    r'permission denied for (table|schema|sequence|function|view|database) "?([A-Za-z_][A-Za-z0-9_$]{0,62})"?', re.ASCII
+)
+"""What a server that speaks English says; of this error it names the object nowhere else."""
 _WORD: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _SPENT: Final = frozenset({"08", "25", "26", "0A", "22P03", "22P04", "42P05"})
 """Answers after which the connection is not used again: the next one may find another server or another table."""
@@ -126,6 +130,9 @@ def translate(error: Exception, *, connecting: bool = False) -> StoreError:
         for kind in ("table", "constraint", "column")
         if (name := getattr(error, f"{kind}_name", None)) and _NAME.fullmatch(name)
     ]
+    denied = _DENIED.fullmatch(str(error)) if code == "42501" else None
+    if denied is not None:
+        named = [f"{denied[1]} {denied[2]}"]
     reason = f"{condition} ({', '.join(named)})" if named else condition
     return StoreError(POSTGRES, retry_class, f"{reason}: {line.note}" if line.note else reason, code)
 

@@ -260,6 +260,7 @@ class TestRealErrors:
         for work in (store.write([record(2)]), store.ping()):
             error = await refused(work)
             assert (error.retry_class, error.code) == (B, "42501")
+            assert f"insufficient_privilege (table {TABLE.rpartition('.')[2]}): grant" in error.reason
         assert await store.get(log_id(1)) == record(1)
         await postgres_admin.execute(f"GRANT INSERT ON {TABLE} TO revoked")
         await store.ping()
