@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import shutil
 import socket
 import threading
 import uuid
@@ -265,6 +266,23 @@ def test_ls_says_what_each_store_is_owed(files, capsys):
     assert accounts["postgres"]["account"]["delivered"] == 9
     frames = [line["pending"] for line in lines if "seq" in line]
     assert frames == [["dynamodb"], ["dynamodb", "postgres"], ["dynamodb", "postgres"]]
+
+
+def test_the_account_of_a_killed_sidecars_files_adds_up(tmp_path):
+    """Its counters are written now and then; what is owed is never less than what is pending."""
+    options = SpoolSettings(directory=str(tmp_path / "spool"), allow_volatile=True, ballast_bytes=0)
+
+    async def fill() -> None:
+        spool = Spool.open(tmp_path / "spool", options, Dedup(), STORES, SystemClock())
+        batch = [a_record("k", n) for n in range(5)]
+        await spool.append(batch, [encode(r) for r in batch], Obligation(3, frozenset({"dynamodb"})))
+        shutil.copytree(tmp_path / "spool", tmp_path / "killed")
+        await spool.close()
+
+    asyncio.run(fill())
+    accounts = {row["store"]: row for row in Stopped(tmp_path / "killed", Settings()).accounts()}
+    assert (accounts["dynamodb"]["pending"], accounts["dynamodb"]["account"]["owed"]) == (5, 5)
+    assert (accounts["postgres"]["pending"], accounts["postgres"]["account"]["owed"]) == (0, 0)
 
 
 def test_cat_and_export_give_the_records_as_they_were_sent(files, capsys):

@@ -166,21 +166,20 @@ class Stopped:
             for letter in spool.letters():
                 kinds = dead.setdefault(letter.store, {})
                 kinds[letter.retry_class] = kinds.get(letter.retry_class, 0) + 1
-            rows: list[Document] = [
-                {
-                    "store": row.name,
-                    "pending": pending[row.name],
-                    "dead_letters": dead.pop(row.name, {}),
-                    "account": {
-                        "owed": row.accepted,
-                        "delivered": row.delivered,
-                        "released": row.released,
-                        "discarded": row.discarded,
-                        "quarantined": row.quarantined,
-                    },
+            rows: list[Document] = []
+            for row in spool.progress:
+                kinds = dead.pop(row.name, {})
+                account = {
+                    "delivered": row.delivered,
+                    "released": row.released,
+                    "discarded": row.discarded,
+                    "quarantined": row.quarantined,
                 }
-                for row in spool.progress
-            ]
+                # By the identity: the file's own number is behind where a kill came before it was written again.
+                account["owed"] = sum(account.values()) + pending[row.name] + sum(kinds.values())
+                rows.append(
+                    {"store": row.name, "pending": pending[row.name], "dead_letters": kinds, "account": account}
+                )
             return rows + [{"store": s, "pending": 0, "dead_letters": kinds} for s, kinds in dead.items()]
 
     def frames(self) -> Iterator[Document]:
