@@ -63,6 +63,7 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
     at_us: int  # wall clock, microseconds
     forced: bool = False
     overridden: tuple[str, ...] = ()  # gates that were red
+    evidence_id: str = ""  # of the request that asked for it
 
 
 class Applied(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,12 +76,18 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """What is asked for. ``force`` is the reason for overriding gates, None to respect them."""
+    """What is asked for. ``force`` is the reason for overriding gates, None to respect them.
+
+    ``overridden`` names red gates that whoever asks has looked at and overrides; they are recorded with the step.
+    """
 
     phase: Phase
     epoch: int | None = None
     force: str | None = None
     by: str = "configuration"
+    why: str = ""
+    overridden: tuple[str, ...] = ()
+    evidence_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +240,16 @@ class PhaseSwitch:
     async def desire(
         self, phase: Phase, epoch: int | None = None, force: str | None = None, by: str = "configuration"
     ) -> Hold | None:
-        """Ask for a phase; returns why it is not applied, or None when it is.
+        """Ask for a phase; returns why it is not applied, or None when it is. Raises as :meth:`ask`."""
+        return await self.ask(Desired(phase, epoch, force, by))
+
+    async def ask(self, desired: Desired) -> Hold | None:
+        """The same, with all that may be said of a wish.
 
         Raises:
             SpoolFailed: the disk failed; the applied phase is known again after the next start.
         """
-        return await self._in_turn(Desired(phase, epoch, force, by))
+        return await self._in_turn(desired)
 
     async def follow(self, phase: Phase, *, epoch: int | None, by: str, why: str, forced: bool = False) -> None:
         """Apply what a fleet decided: no rule and no gate, any distance. Raises Busy, SpoolFailed: call it again."""
@@ -312,10 +323,11 @@ class PhaseSwitch:
                 target=target,
                 epoch=self.applied.epoch if target != desired.phase or desired.epoch is None else desired.epoch,
                 by=desired.by,
-                why=desired.force or "",
+                why=desired.force or desired.why,
                 at_us=self._clock.now_us(),
-                forced=walked or bool(red),
-                overridden=tuple(result.gate for result in red),
+                forced=walked or bool(red) or bool(desired.overridden),
+                overridden=(*desired.overridden, *(result.gate for result in red)),
+                evidence_id=desired.evidence_id,
             )
             await self._step(transition)
         if desired.epoch is not None and (self.applied.epoch is None or desired.epoch > self.applied.epoch):

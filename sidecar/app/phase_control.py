@@ -10,6 +10,7 @@ at none where its file asks for the adjacent phase (semantics, section 9: one in
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, Literal
 
 from sidecar.app.fleet import FleetPhase, record_document
@@ -21,7 +22,7 @@ from sidecar.fleet import Finding, Hold, Member, protocol
 from sidecar.fleet.controller import evidence_of
 from sidecar.fleet_tables import AuditEntry
 from sidecar.gates import Gate, TryCanary
-from sidecar.migration import Transition
+from sidecar.migration import Desired, Transition
 from sidecar.phase import STORES, Phase
 from sidecar.plan import Asked, Moments, Plan, Wanted, way
 from sidecar.record import timestamp_text
@@ -86,9 +87,10 @@ class AloneControl:
         return {"enabled": False, "instances": [me], "unreachable": {}}
 
     async def history(self, limit: int) -> Sequence[Mapping[str, object]]:
-        """What the spool remembers: steps, and refused requests from its audit trail."""
-        lines = _newest(self._phase.switch.applied.history)
+        """What the spool remembers: steps, their evidence and refused requests from its audit trail."""
         trail = await self._spool.audit_trail(1000)
+        asked = (line.evidence.partition(" ") for line in trail if line.what.startswith(_ASKED))
+        lines = _newest(self._phase.switch.applied.history, {each: seen for each, _, seen in asked})
         for line in trail:
             if line.what.startswith(_REFUSED):
                 lines.append(
@@ -125,13 +127,29 @@ class AloneControl:
         return Plan(applied, switch.desired.phase, wanted, switch.applied.epoch or 0, steps, tuple(found))
 
     async def request(self, wanted: Wanted, plan: Plan) -> Asked:
-        """See PhaseControl; one step at a time."""
+        """See PhaseControl; one step at a time, each with its gates looked at; a red one ends the walk where it is."""
         switch = self._phase.switch
         if self.authority == "file" and plan.applied != wanted.target:
             return Asked(False, switch.desired.phase, patch_command(wanted, self._settings()))
-        epoch = None if switch.applied.epoch is None else switch.applied.epoch + 1
-        for step in plan.steps[:1]:
-            await switch.desire(step.target, epoch, wanted.force, wanted.by)
+        current = plan
+        while current.steps and (current is plan or not current.failed or wanted.force is not None):
+            step = current.steps[0]
+            red = tuple(finding.gate for finding in current.failed)
+            seen = "; ".join(f"{'ok' if each.ok else 'RED'} {each.gate}: {each.observed}" for each in current.findings)
+            what = f"{_ASKED}: {step.source.label} -> {step.target.label}"
+            await self._spool.audit(wanted.by, what, wanted.why, f"{wanted.evidence_id} {seen}")
+            wish = Desired(
+                step.target,
+                None if switch.applied.epoch is None else switch.applied.epoch + 1,
+                wanted.force,
+                wanted.by,
+                wanted.why,
+                red,
+                wanted.evidence_id,
+            )
+            if await switch.ask(wish) is not None:
+                break
+            current = await self.plan(wanted.target)
         return Asked(switch.policy.phase == wanted.target, switch.desired.phase)
 
     async def canary(self) -> Sequence[CanaryOutcome]:
@@ -260,6 +278,7 @@ class FleetControl:
 
 
 _REFUSED: Final = "phase refused"
+_ASKED: Final = "phase asked"
 
 
 async def _note_refusal(spool: Spool, wanted: Wanted, plan: Plan) -> None:
@@ -280,10 +299,13 @@ def _held(gate: str, observed: str, required: str, since_us: int) -> dict[str, o
     return {"gate": gate, "observed": observed, "required": required, "since": timestamp_text(since_us)}
 
 
-def _newest(history: Sequence[Transition]) -> list[dict[str, object]]:
+def _newest(
+    history: Sequence[Transition], evidence: Mapping[str, str] = MappingProxyType({})
+) -> list[dict[str, object]]:
     return [
         {
             "at": timestamp_text(step.at_us),
+            "id": step.evidence_id,
             "action": "step",
             "outcome": "done",
             "by": step.by,
@@ -293,6 +315,7 @@ def _newest(history: Sequence[Transition]) -> list[dict[str, object]]:
             "epoch": step.epoch,
             "forced": step.forced,
             "overridden": step.overridden,
+            "evidence": evidence.get(step.evidence_id, ""),
         }
         for step in reversed(history)
     ]

@@ -280,6 +280,32 @@ async def test_alone_with_the_api_in_charge_the_file_moves_nothing(stand):
     assert [e["to"] for e in await control.history(10)] == ["dual_write", "sql_only"]
 
 
+async def test_alone_a_forced_step_is_recorded_as_forced_with_its_reason_and_evidence(stand):
+    """The gates are looked at by who was asked, so it is known what was overridden; and nobody loses the reason."""
+    _, control = await stand.alone(phase=SQL, phase_authority="api")
+    plan = await control.plan(DUAL)
+    assert [finding.gate for finding in plan.failed] == ["lag"]
+    await control.request(Wanted(DUAL, "t", "night shift", "incident 7", "e1"), plan)
+    (step, _) = await control.history(10)
+    assert (step["forced"], step["overridden"], step["why"], step["id"]) == (True, ("lag",), "incident 7", "e1")
+    assert "RED lag" in step["evidence"]
+    assert control.state()["forced"] == "incident 7"
+
+
+async def test_alone_the_way_back_is_walked_step_by_step_as_far_as_gates_are_green(stand):
+    """Two steps are asked for: both are made and recorded, or, where a gate of the second is red, the first."""
+    phase, control = await stand.alone(phase=READ, phase_authority="api")
+    asked = await control.request(Wanted(SQL, "t", "back", None, "e2"), await control.plan(SQL))
+    assert (asked.applied, phase.policy) == (True, TABLE[SQL])
+    assert [(e["to"], e["why"], e["id"]) for e in (await control.history(10))[:2]] == [
+        ("sql_only", "back", "e2"),
+        ("dual_write", "back", "e2"),
+    ]
+    stand.gate.steps = frozenset({(DUAL, READ)})
+    asked = await control.request(Wanted(READ, "t", "on", None, "e3"), await control.plan(READ))
+    assert (asked.applied, asked.desired, phase.policy) == (False, DUAL, TABLE[DUAL])
+
+
 async def test_alone_where_the_file_decides_a_request_changes_nothing(stand):
     """The answer is the command; a phase that is there already is applied."""
     _, control = await stand.alone(phase=SQL)
