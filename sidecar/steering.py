@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import msgspec
 
 from sidecar.clock import Clock
-from sidecar.errors import NotFound
+from sidecar.errors import ConfigError, NotFound
 from sidecar.record import timestamp_text
 from sidecar.retry import Pace
 
@@ -109,7 +109,14 @@ class Steering:
         return orders
 
     async def rate(self, store: str, records_per_second: float | None, *, by: str, reason: str) -> Orders:
-        """Deliver at most so many records a second; None: as many as the store takes."""
+        """Deliver at most so many records a second; None: as it takes. Raises ConfigError: no such rate."""
+        if records_per_second is not None and not SLOWEST <= records_per_second <= FASTEST:
+            raise ConfigError(
+                "rate",
+                seen=records_per_second,
+                allowed=f"{SLOWEST:g} to {FASTEST:g} records a second, or none for no bound",
+                hint="to stop, pause",
+            )
         before = self.orders(store)
         order = None
         if records_per_second is not None:

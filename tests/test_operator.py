@@ -424,6 +424,12 @@ def test_orders_on_the_files_are_in_force_from_the_next_start(files, capsys):
     code, _, err = run(capsys, "store", "rate", "postgres", "fast", "--why", "x", "--config", config)
     assert code == 2
     assert "a number, or none" in err
+    for rate in ("0", "-5", "nan", "inf", "1e99"):
+        code, out, err = run(capsys, "store", "rate", "postgres", rate, "--why", "x", "--config", config)
+        assert (code, out) == (2, ""), rate
+        assert "to stop, pause" in err
+    code, out, err = run(capsys, "store", "pause", "postgres", "--why", " ", "--config", config)
+    assert (code, out, "--why" in err) == (2, "", True)
     assert Stopped(directory, Settings()).verify()["problems"] == ()
 
 

@@ -184,6 +184,8 @@ def _letters_export(args: argparse.Namespace, access: Access) -> int:
 
 def store(args: argparse.Namespace) -> int:
     """Store pause | resume | rate."""
+    if not args.why.strip():
+        raise ConfigError("--why", seen=args.why, allowed="a reason", hint="say why; the audit trail keeps it")
     rate = None
     if args.verb == "rate" and args.records_per_second != "none":
         try:
