@@ -422,6 +422,7 @@ class _Sidecar:
                     break
             await self._clock.sleep(_POLL)
         self._intake.stop()
+        self._intake.end_waits()
 
     async def _leave(self) -> int:
         """The last line: what is left, by store."""

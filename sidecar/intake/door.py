@@ -1,6 +1,7 @@
 """``Intake``: accepts one request's body. The package's docstring gives the stages."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -173,6 +174,8 @@ class Intake:
         self._last_standing: Standing | None = None
         self._last_obligation = Obligation(0, frozenset())
         self._accepted_counters: dict[Phase, metric.Counter] = {}
+        self._waits: set[asyncio.Timeout] = set()
+        self._longest_wait = math.inf
 
     def load(self, seen: Sequence[Seen]) -> None:
         """Take over the dedup window that the spool kept."""
@@ -185,6 +188,14 @@ class Intake:
     def stop(self, retry_after: int = 5) -> None:
         """Accept nothing more; requests under way are finished."""
         self._stopping = Busy("stopping", "this sidecar is stopping; send again shortly", retry_after)
+
+    def end_waits(self) -> None:
+        """Answer whoever waits for the stores with how things stand: their records are on disk, and nobody delivers."""
+        self._longest_wait = 0.0
+        now = asyncio.get_running_loop().time()
+        for limit in self._waits:
+            if not limit.expired():
+                limit.reschedule(now)
 
     def check_open(self) -> None:
         """Raises Busy where nothing is accepted now; cheap, for before the body is read."""
@@ -348,13 +359,17 @@ class Intake:
         """Wait for the required stores, then say where each record stands that is not there yet."""
         outcome.waited = True
         required = outcome.policy.required
+        limit = asyncio.timeout(min(seconds, self._longest_wait))
+        self._waits.add(limit)
         try:
-            async with asyncio.timeout(seconds):
+            async with limit:
                 if receipt is not None:
                     await self._spool.wait_settled(receipt, required)
                 await self._wait_for_duplicates(outcome, required)
         except TimeoutError:
             pass  # durable all the same; the answer says which store is behind
+        finally:
+            self._waits.discard(limit)
         outcome.states = await self._states(outcome, receipt, required)
         outcome.stored = not outcome.states
 

@@ -381,8 +381,17 @@ async def test_sigterm_with_both_stores_down_exits_in_time_and_the_next_start_de
     await stand.sql.refuse()
     stand.dynamo.on("*", Refuse(500, "InternalServerError"))
     sidecar = await stand.sidecar(drain={"timeout": "1s", "stop_accepting_before": "500ms"}).start()
-    ids = (await post(http, sidecar, [body(n) for n in range(100)]))["log_ids"]
+    waiting = asyncio.create_task(post(http, sidecar, body(99), Prefer="wait=30"))
+    ids = (await post(http, sidecar, [body(n) for n in range(99)]))["log_ids"]
+
+    async def accepted() -> bool:
+        return (await sidecar.pending()) == 200
+
+    await eventually(accepted)
     sidecar.terminate()
+    answer = await waiting  # whoever waits is answered before it exits: without an answer it would send again
+    assert answer["stores"] == {"postgres": "pending", "dynamodb": "pending"}
+    ids.append(answer["log_id"])
     assert await sidecar.exit_code(10) == 0
     assert sidecar.events()[-1]["undelivered_postgres"] == 100
     await sidecar.start()
