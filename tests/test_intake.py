@@ -412,3 +412,30 @@ async def test_no_window_means_no_memory() -> None:
     assert window.flying
     claim.keep()
     assert (len(window), window.flying) == (0, {})
+
+
+class _Counting:
+    """The spool; counts how often a record's state is looked up."""
+
+    def __init__(self, door: Door) -> None:
+        self._spool = door.spool
+        self.looks = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._spool, name)
+
+    async def status(self, log_id: str) -> object:
+        self.looks += 1
+        return await self._spool.status(log_id)
+
+
+async def test_waiting_for_many_known_records_looks_at_one_after_the_other(door: Door) -> None:
+    """Once at each in the end, and while it waits at the first that is pending: others have the loop to themselves."""
+    records = [own(f"{n:08x}-5a4d-4e6f-9a8b-7c6d5e4f3a2b") for n in range(200)]
+    await door.intake.accept(text(*records), Form.JSON)
+    door.intake._spool = counting = _Counting(door)  # type: ignore[assignment]
+    again = await door.intake.accept(text(*records), Form.JSON, wait=0.5)
+    assert (len(again.duplicates), len(again.states), again.stored) == (200, 200, False)
+    assert counting.looks <= 200 + 0.5 / 0.05 + 1
+    await door.deliver("postgres", "dynamodb")
+    assert (await door.intake.accept(text(*records), Form.JSON, wait=20)).stored

@@ -29,6 +29,7 @@ _CONFLICT: Final = (
 _UNSETTLED: Final = frozenset({"pending", "deferred"})
 _UNDECIDED: Final = "undecided"  # of a fenced instance: owed, to whom the fleet's phase says
 _ROOM_SECONDS: Final = 10.0  # that a request waits while the spool makes room
+_BETWEEN_PAUSES: Final = 64  # duplicates looked up
 _STATUS_POLL: Final = 0.05  # seconds between two looks at duplicates that somebody waits for
 
 
@@ -374,14 +375,16 @@ class Intake:
         outcome.stored = not outcome.states
 
     async def _wait_for_duplicates(self, outcome: Outcome, required: frozenset[str]) -> None:
-        """Duplicates have no receipt: look at those that are pending until none is."""
-        pending = [log_id for log_id in map(outcome.log_ids.__getitem__, outcome.duplicates) if log_id is not None]
-        while True:
-            statuses = [await self._spool.status(log_id) for log_id in pending]
-            pending = [one.log_id for one in statuses if one is not None and not _is_settled(one.stores, required)]
-            if not pending:
-                return
-            await self._clock.sleep(_STATUS_POLL)
+        """Duplicates have no receipt: look at the first that is pending until it is not, then at the next.
+
+        One look at a time: looking at all of a large batch each time would leave no time for anybody else.
+        """
+        for log_id in map(outcome.log_ids.__getitem__, outcome.duplicates):
+            while log_id is not None:
+                status = await self._spool.status(log_id)
+                if status is None or _is_settled(status.stores, required):
+                    break
+                await self._clock.sleep(_STATUS_POLL)
 
     async def _states(
         self, outcome: Outcome, receipt: Receipt | None, required: frozenset[str]
@@ -394,7 +397,9 @@ class Intake:
             for log_id, stores in (await self._spool.fates(receipt, list(mine))).items():
                 if not _is_delivered(stores, required):
                     states[mine[log_id]] = stores or dict.fromkeys(sorted(required), _UNDECIDED)
-        for index in outcome.duplicates:
+        for number, index in enumerate(outcome.duplicates):
+            if number % _BETWEEN_PAUSES == _BETWEEN_PAUSES - 1:
+                await self._clock.sleep(0)
             found = await self._spool.status(outcome.log_ids[index] or "")
             if found is None:
                 states[index] = dict.fromkeys(sorted(required), "not_in_local_retention")
