@@ -41,7 +41,7 @@ from sidecar.app.evidence import build_evidence
 from sidecar.app.parts import FailClosed, PendingIn, ShadowTrouble
 from sidecar.app.phase_wiring import Asked, Phased, open_phase
 from sidecar.app.phases import InForce
-from sidecar.app.signals import Signals
+from sidecar.app.signals import Signals, bear_hangups
 from sidecar.app.supervise import keep_running
 from sidecar.app.warm import warm
 from sidecar.clock import Clock, SystemClock
@@ -123,6 +123,7 @@ class _Sidecar:
 
     async def run(self) -> int:
         """Start, serve until told to stop, stop."""
+        bear_hangups()
         settings = self._settings
         ops_parts = OpsParts(self._metrics.registry, self._readiness, self._health)
         ops = Listener(build_ops(ops_parts, self._metrics), settings.listen.ops, settings.listen)

@@ -9,6 +9,11 @@ from sidecar.reload import Watcher
 log = logging.getLogger(__name__)
 
 
+def bear_hangups() -> None:
+    """Until there is a watcher SIGHUP, which ends a process by default, changes nothing: the first look sees all."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, log.info, "SIGHUP while starting")
+
+
 class Signals:
     """SIGTERM and SIGINT stop, SIGHUP looks at the configuration.
 

@@ -1,16 +1,19 @@
 """The main job, end to end: a real process, real stores, what the application and the stores see."""
 
 import asyncio
+import contextlib
 import gzip
 import json
+import signal
 import uuid
 
+import aiohttp
 import asyncpg
 import pytest
 
 from tests.parts import oracle
 from tests.parts.account import adds_up, watching
-from tests.parts.fault_proxy import LoseReply, Refuse, Unprocess
+from tests.parts.fault_proxy import Hang, LoseReply, Refuse, Unprocess
 from tests.parts.postgres import connect
 from tests.parts.sidecar import eventually
 
@@ -287,6 +290,29 @@ async def test_both_databases_down_at_start_it_serves_acknowledges_and_delivers_
     assert (await both(stand)).keys() == set(ids)
 
 
+async def test_a_hangup_while_it_starts_does_not_end_it(stand, http):
+    """Whoever reloads by SIGHUP does not know how far a start is; a fleet whose stores are silent is waited for."""
+    await stand.sql.refuse()
+    stand.dynamo.on("*", Hang())
+    sidecar = stand.sidecar(fleet={"enabled": True})
+    sidecar.spawn()
+
+    async def starting() -> bool:
+        async with http.get(f"{sidecar.ops}/livez") as live, http.get(f"{sidecar.ops}/readyz") as ready:
+            return (live.status, ready.status) == (200, 503)
+
+    async def listening() -> bool:
+        with contextlib.suppress(aiohttp.ClientError):
+            return await starting()
+        return False
+
+    await eventually(listening)
+    sidecar.process.send_signal(signal.SIGHUP)
+    await sidecar.ready()
+    assert await post(http, sidecar, body(1))
+    stand.dynamo.clear()
+
+
 async def test_one_record_that_a_store_refuses_among_999_is_one_dead_letter_for_that_store(stand, http):
     """A CHECK that one record breaks: 999 in PostgreSQL, 1,000 in DynamoDB, one dead letter without its values."""
     connection = await asyncpg.connect(
@@ -345,8 +371,6 @@ async def test_kill_9_under_load_ten_times_loses_and_doubles_nothing(stand, http
     done = asyncio.Event()
 
     async def load() -> None:
-        import aiohttp
-
         async with aiohttp.ClientSession() as session:
             while not done.is_set():
                 ids = [str(uuid.uuid4()) for _ in range(5)]
@@ -408,8 +432,6 @@ async def test_sigterm_under_load_keeps_every_acknowledged_record(stand, http):
     acked: list[str] = []
 
     async def load() -> None:
-        import aiohttp
-
         try:
             while True:
                 async with http.post(f"{sidecar.url}/logs", json=[body(n) for n in range(10)]) as answer:
