@@ -30,11 +30,12 @@ format: $(STAMP)
 test: check  ## everything that needs no root: at most 8 minutes
 	$(BIN)/pytest -m 'not root' --ignore=tests/faults -n $(WORKERS) --dist worksteal
 
-ci-faults: $(STAMP)  ## the fault matrix with CI's counts: at most 6 minutes; without root some rows are named as not run
-	VALIDATION_SECONDS=90 $(BIN)/pytest $(VALIDATION) tests/faults -n $(WORKERS) --dist worksteal
+ci-faults: $(STAMP)  ## the fault matrix with CI's counts: at most 9 minutes; without root some rows are named as not run
+	SPOOL_MODEL=150 VALIDATION_SECONDS=90 $(BIN)/pytest $(VALIDATION) tests/spool/test_model.py tests/faults -n $(WORKERS) --dist worksteal
 
 faults: $(STAMP)  ## the fault matrix with the long counts (ROWS=f3_ for one row, FAULTS_SEED=7 for a seed that failed)
 	FAULTS_LONG=1 $(BIN)/pytest tests/faults -n $(WORKERS) --dist worksteal $(if $(ROWS),-k '$(ROWS)')
+	$(if $(ROWS),,SPOOL_MODEL=2000 $(BIN)/pytest tests/spool/test_model.py)
 	$(if $(ROWS),,FAULTS_LONG=1 $(BIN)/pytest tests/fleet/test_simulation.py -n $(WORKERS))
 	$(if $(ROWS),,VALIDATION_SECONDS=90 $(BIN)/pytest tests/scenarios/test_consistency.py -k under_load)
 

@@ -110,7 +110,9 @@ def create_private(path: Path) -> None:
         os.close(fd)
 
 
-_NO_LINK: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSPC, errno.EDQUOT})
+_NO_LINK: Final = frozenset(
+    {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSPC, errno.EDQUOT}
+)
 
 
 def keep_log(directory: Path) -> None:

@@ -117,7 +117,7 @@ class Client:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._workers)]
+        self.go()
         return self
 
     async def __aexit__(
@@ -126,6 +126,11 @@ class Client:
         await self.stop(0.0 if error else 20.0)
         await asyncio.sleep(0.05)  # for transports to close: a session's end does not wait for them
         self.history.close()
+
+    def go(self) -> None:
+        """Send, until :meth:`stop`."""
+        self._going = True
+        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._workers)]
 
     async def stop(self, seconds: float = 20.0) -> None:
         """Send nothing more; what is under way has so long to end, so that nothing is accepted behind our back."""

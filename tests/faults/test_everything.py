@@ -89,7 +89,7 @@ async def storm(row, stand, disk, seconds: float, without: str = "") -> None:
         reload={"poll": "50ms"},
         retry={"max_delay": "200ms"},
     )
-    async with Client(row, sidecar.url, workers=3, pause=0.02) as client:
+    async with Client(row, sidecar.url, workers=3, pause=0.1) as client:
         await start(sidecar, without=without)
         weather = Storm(row, stand, disk=disk, sidecar=sidecar, client=client, without=without)
         names = sorted(name for name in vars(Storm) if not name.startswith("_"))

@@ -13,7 +13,7 @@ from tests.parts.sidecar import eventually
 async def kill_rounds(row, stand, rounds: int, without: str = "") -> None:
     """Kill while ingesting and draining, start again on the same files; at the end everything is judged."""
     sidecar = stand.sidecar(spool={"checkpoint_bytes": 262_144}, phase="dual_write_read_dynamo")
-    async with Client(row, sidecar.url) as client:
+    async with Client(row, sidecar.url, pause=0.01) as client:
         for n in range(rounds):
             await start(sidecar, without=without)
             await client.acked(20)
@@ -48,7 +48,7 @@ async def point_rounds(row, stand, points: int, without: str = "") -> None:
     sidecar = stand.sidecar(spool={"checkpoint_bytes": 262_144}, phase="dual_write_read_dynamo")
     files = [sidecar.spool / name for name in ("spool.db", "spool.db-wal", "spool.db-wal.kept", "position", "ballast")]
     hit = 0
-    async with Client(row, sidecar.url, size=4_000) as client:
+    async with Client(row, sidecar.url, size=4_000, pause=0.01) as client:
         for _ in range(points):
             call = row.rng.choices(list(CALLS), weights=[8, 5, 1, 1, 1, 1])[0]
             rule = f"{call}:signal=KILL:when={row.rng.randint(1, CALLS[call])}"

@@ -184,7 +184,7 @@ async def lost_replies(row, stand, rounds: int, without: str = "") -> int:
             "CREATE TRIGGER attempted BEFORE INSERT ON integration_logs FOR EACH ROW EXECUTE FUNCTION attempted()"
         )
         sidecar = stand.sidecar(retry=QUICK, phase=PHASE)
-        async with Client(row, sidecar.url, workers=2) as client:
+        async with Client(row, sidecar.url, workers=2, pause=0.03) as client:
             await start(sidecar, without=without)
             for n in range(rounds):
                 if n % 2:
@@ -218,7 +218,7 @@ async def broken_connections(row, stand, rounds: int, without: str = "") -> None
     """Replies cut in the middle of a frame, pooled connections reset, requests that never arrive."""
     sidecar = stand.sidecar(retry=QUICK, phase=PHASE)
     rng = row.rng
-    async with Client(row, sidecar.url, workers=2) as client:
+    async with Client(row, sidecar.url, workers=2, pause=0.03) as client:
         await start(sidecar, without=without)
         for _ in range(rounds):
             fault = rng.choice((CutReply(rng.randrange(1, 3)), Reset(), Raw(200, b"{"), Raw(502, b"<html>")))

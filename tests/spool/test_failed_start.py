@@ -7,6 +7,7 @@ at the end of a process too.
 """
 
 import asyncio
+import errno
 import gc
 import shutil
 import sqlite3
@@ -316,3 +317,40 @@ async def test_a_kill_between_the_last_checkpoint_and_the_mark_of_a_clean_stop_i
     async with spool_at(tmp_path / "b") as again:
         assert again.recovery.messages == ()
         assert len(await deliver(again, "postgres")) == 3
+
+
+@pytest.mark.parametrize("reason", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSPC])
+async def test_a_file_system_without_second_names_is_no_reason_not_to_start(tmp_path, monkeypatch, reason):
+    """Then a log that SQLite deleted is told as missing, as before; nothing else changes."""
+
+    def refused(self, target):
+        raise OSError(reason, "no link")
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    async with spool_at(tmp_path) as spool:
+        await put(spool, records(2), SQL_ONLY)
+        assert not (tmp_path / disk.KEPT).exists()
+        assert len(await deliver(spool, "postgres")) == 2
+
+
+async def test_a_disk_that_fails_to_name_the_log_is_told_in_one_line(tmp_path, monkeypatch):
+    """EIO is EIO, whatever was asked for."""
+
+    def broken(self, target):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "hardlink_to", broken)
+    with pytest.raises(SpoolFailed, match="look at the volume"):
+        open_spool(tmp_path)
+    monkeypatch.undo()
+    async with spool_at(tmp_path) as spool:
+        assert spool.recovery.messages == ()
+
+
+async def test_a_stop_in_order_leaves_neither_name(tmp_path):
+    """The log has said all it knows."""
+    async with spool_at(tmp_path) as spool:
+        await put(spool, records(1), SQL_ONLY)
+        assert (tmp_path / disk.KEPT).samefile(tmp_path / disk.WAL)
+    assert not (tmp_path / disk.KEPT).exists()
+    assert not (tmp_path / disk.WAL).exists()

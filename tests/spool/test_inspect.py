@@ -55,6 +55,14 @@ def test_frames_are_listed_with_what_is_owed(directory):
     assert all(line.sound for line in (first, second, third))
 
 
+def test_a_log_under_its_second_name_is_read(tmp_path):
+    """A process that ended after an error left it so."""
+    asyncio.run(_fill(tmp_path / "stopped", tmp_path / "killed"))
+    (tmp_path / "killed" / disk.WAL).unlink()
+    with StoppedSpool(tmp_path / "killed") as spool:
+        assert sum(line.records for line in spool.frames()) == len(FIRST) + len(SECOND) + len(THIRD)
+
+
 def test_records_are_shown_with_their_fates(directory):
     """Cat and export: all, those owed to a store, or one id."""
     with StoppedSpool(directory) as spool:

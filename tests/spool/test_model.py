@@ -11,6 +11,7 @@ the start, and the log may end in the torn beginning of a commit that nobody was
 
 import asyncio
 import copy
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -304,7 +305,10 @@ class SpoolMachine(RuleBasedStateMachine):
             assert set(expected.values()) <= {"delivered", "released"}, "still of interest, and forgotten"
 
 
-TestSpoolModel = pytest.mark.timeout(600)(SpoolMachine.TestCase)  # busy machines are slow, not wrong
+TestSpoolModel = pytest.mark.timeout(7200)(SpoolMachine.TestCase)  # busy machines are slow, not wrong
 TestSpoolModel.settings = settings(
-    max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=int(os.environ.get("SPOOL_MODEL", "20")),
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
