@@ -306,6 +306,8 @@ class Backfill:
                 self.trouble = str(error)
                 if parts.clock.monotonic() - self._moved_at > parts.patience:
                     raise GaveUp(error) from None
+                if parts.stop.is_set():  # what fails at once would else be tried for as long as the pauses are short
+                    raise Halted from None
             else:
                 parts.backoff.reset()
                 return

@@ -282,6 +282,21 @@ async def test_it_gives_up_on_a_source_that_cannot_be_read() -> None:
     assert (await Keeper(stand.jobs, job.key, stand.time).take("next")).run == "run"
 
 
+async def test_a_stop_ends_it_although_every_read_fails_at_once() -> None:
+    """Between two tries too, however short the pauses are; the test would not end without."""
+    job = Job(POSTGRES, DYNAMODB)
+    stand = Stand(job, random.Random(1))
+
+    class Away(MemoryStore):
+        async def stream(self, start, end, *, after=None, hours=None):
+            raise StoreError(POSTGRES, RetryClass.TRANSIENT, "the connection failed")
+            yield []  # a generator
+
+    stand.source = Away(POSTGRES)  # type: ignore[assignment]  # what is asked of it
+    seen = await asyncio.wait_for(stand.run(job, stop_after=100), 20)
+    assert (seen.stage, seen.holder) == ("survey", "")
+
+
 async def test_a_source_that_cannot_be_asked_at_all_is_told_at_once() -> None:
     """A wrong table or a missing right is not waited for; a store that is away for a moment is."""
     job = Job(POSTGRES, DYNAMODB)

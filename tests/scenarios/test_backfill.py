@@ -296,6 +296,25 @@ async def test_sigterm_ends_it_although_the_destination_is_gone(stand: Stand, ma
     assert (code, told["good"]) == (0, True)
 
 
+async def test_sigterm_ends_it_although_both_stores_are_gone(stand: Stand, make: Make) -> None:
+    """On the way back too, where the source is read in one piece and fails at once, again and again."""
+    await in_dynamodb(stand, history(600, hours=6))
+    runs = make(proxied=True, dynamodb={"connect_timeout": "1s", "read_timeout": "2s"}, retry={"max_delay": "1s"})
+    process = runs.spawn(*DYNAMO_TO_PG, "--hours", "all", "--rate", "100")
+
+    async def some() -> bool:
+        return len(await stand.in_postgres()) > 50
+
+    await eventually(some, seconds=60, every=0.2, what="some are copied")
+    stand.dynamo.on("*", Reset())
+    await stand.sql.refuse()
+    calls = stand.dynamo.calls.total()
+    await eventually(lambda: stand.dynamo.calls.total() > calls + 4, seconds=30, what="it has noticed")
+    process.send_signal(signal.SIGTERM)
+    code, _ = await runs.ended(process, seconds=20)
+    assert code == 1
+
+
 async def test_a_store_that_throttles_gets_everything_and_a_bound_on_capacity_is_kept(stand: Stand, make: Make) -> None:
     """ProvisionedThroughputExceeded on the way in, UnprocessedKeys and throttling on the way back: all arrive."""
     batch = history(300, hours=10)
