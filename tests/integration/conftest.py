@@ -13,11 +13,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if any(path == HERE or HERE in path.parents for path in named) else True
 
 
-LONGEST = ("test_watching.py", "test_clients.py", "test_image.py", "test_page.py", "test_rights.py")
-"""What takes minutes, or waits for long, begins first: then nothing long is left alone at the end."""
+FIRST = (
+    "test_watching.py",
+    "test_page.py",
+    "test_pod_life.py",
+    "test_image.py",
+    "test_rights.py",
+    "test_clients.py",
+    "test_configmap.py",
+    "test_dockerfile.py",
+)
+"""What takes long or waits begins first; the modules of many short tests fill the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A module runs in one process, in its own order; the longest modules are given out first."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+    """A module runs in one process, in its own order; modules are given out in this one."""
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))

@@ -112,7 +112,7 @@ async def _both_stores_are_out_of_reach(a: Application) -> AsyncIterator[None]:
     await a.pg_proxy.normal()
 
 
-# --- stores: one pod before two stores that fail ----------------------------------------------------------------------
+# --- stores: one pod between a bad disk and two stores that fail ------------------------------------------------------
 
 
 @asynccontextmanager
@@ -148,9 +148,6 @@ async def _a_record_breaks_a_constraint(a: Application) -> AsyncIterator[None]:
     assert (await a.order(a.pods[0], "/api/control/dead-letters/redrive", redrive))["records"] == 1
 
 
-# --- disk: one pod on a volume that is damaged, slow and full ---------------------------------------------------------
-
-
 @asynccontextmanager
 async def _the_disk_flips_a_bit(a: Application) -> AsyncIterator[None]:
     (pod,) = a.pods
@@ -169,6 +166,22 @@ async def _the_disk_flips_a_bit(a: Application) -> AsyncIterator[None]:
     yield
     a.ddb_proxy.clear()
     await a.validated("clean")  # a process that starts without DynamoDB does not know when that was last
+
+
+@asynccontextmanager
+async def _the_disk_is_slow(a: Application) -> AsyncIterator[None]:
+    assert a.pods[0].process
+    strace = subprocess.Popen(
+        [tool("strace"), *STRACE, "-p", str(a.pods[0].process.pid)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    yield
+    strace.terminate()
+    await asyncio.to_thread(strace.wait, 60)
+
+
+# --- spool: one pod whose spool fills ---------------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -194,19 +207,6 @@ async def _fill(a: Application, pod: Pod, pause: float = 0.4) -> None:
 async def _nearly_delivered(pod: Pod, store: str) -> bool:
     """All but what the light load has just written."""
     return bool((await pod.json("/status"))["stores"][store]["account"]["pending"] < 50)
-
-
-@asynccontextmanager
-async def _the_disk_is_slow(a: Application) -> AsyncIterator[None]:
-    assert a.pods[0].process
-    strace = subprocess.Popen(
-        [tool("strace"), *STRACE, "-p", str(a.pods[0].process.pid)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    yield
-    strace.terminate()
-    await asyncio.to_thread(strace.wait, 60)
 
 
 @asynccontextmanager
@@ -296,12 +296,14 @@ PLANS: Mapping[str, Plan] = {
             (
                 (_the_table_is_gone, {"SidecarStoreBlocked"}),
                 (_a_record_breaks_a_constraint, {"SidecarDeadLetters"}),
+                (_the_disk_flips_a_bit, {"SidecarSpoolDamaged"}),
+                (_the_disk_is_slow, {"SidecarSlowCommits"}),
                 (_dynamodb_throttles, {"SidecarThrottled"}),
                 (_dynamodb_is_down, {"SidecarPendingAge", "SidecarDivergenceAge", "SidecarDivergenceCount"}),
             ),
         ),
     ),
-    "disk": Plan(
+    "spool": Plan(
         tracks=(
             (
                 (
@@ -310,8 +312,6 @@ PLANS: Mapping[str, Plan] = {
                 ),
                 # before there is much to compare: the local DynamoDB is slow at reading a whole index
                 (_dynamodb_is_down_until_its_backlog_is_released, {"SidecarGapReleased"}),
-                (_the_disk_is_slow, {"SidecarSlowCommits"}),
-                (_the_disk_flips_a_bit, {"SidecarSpoolDamaged"}),
             ),
         ),
     ),
