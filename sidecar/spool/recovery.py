@@ -86,7 +86,12 @@ def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine)
     """Look at the files before SQLite does; what SQLite would drop is taken into memory, the log is copied aside."""
     found = Findings()
     database, log, as_found = (directory / name for name in (disk.DATABASE, disk.WAL, disk.FOUND))
-    disk.restore_log(directory)
+    if last is not None and last.state == disk.CLEAN:
+        # All of it is in the file. A second name that is still there is of an earlier log: this stop was cut off behind
+        # its mark, or was that of a version that knows no second names, and went on without it.
+        (directory / disk.KEPT).unlink(missing_ok=True)
+    else:
+        disk.restore_log(directory)
     there = _has_bytes(database)
     if last is None and (there or _has_bytes(directory / "position")):
         # It is on the disk before the database is; without it a log that was cut short looks whole.

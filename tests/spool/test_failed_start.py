@@ -354,3 +354,17 @@ async def test_a_stop_in_order_leaves_neither_name(tmp_path):
         assert (tmp_path / disk.KEPT).samefile(tmp_path / disk.WAL)
     assert not (tmp_path / disk.KEPT).exists()
     assert not (tmp_path / disk.WAL).exists()
+
+
+async def test_a_log_of_before_a_stop_in_order_is_not_played_back(tmp_path):
+    """Its second name, left over by a version that does not know it, would take the file back to what it was then."""
+    async with spool_at(tmp_path) as spool:
+        await put(spool, records(3), SQL_ONLY)
+        earlier = (tmp_path / disk.WAL).read_bytes()
+        for _ in range(20):
+            await put(spool, records(50), SQL_ONLY)
+    assert wal.walk(earlier).frames
+    (tmp_path / disk.KEPT).write_bytes(earlier)
+    async with spool_at(tmp_path) as spool:
+        assert (spool.recovery.unclean, spool.counters("postgres").pending) == (False, 1003)
+        assert len(await deliver(spool, "postgres")) == 1003
