@@ -107,6 +107,10 @@ class StoreCursor:
         """True while the frame is with the consumer."""
         return seq in self._taken
 
+    def tail_after(self, reach: int) -> int | None:
+        """The number behind which the tail cache is wanted; None: there are more than ``reach`` bytes to read first."""
+        return None if self._behind and self._account.frame_bytes > reach else self._pos
+
     @property
     def oldest_us(self) -> int | None:
         """Accept time of the oldest frame that is pending for the store; None where there is none."""

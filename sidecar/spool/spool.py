@@ -216,6 +216,8 @@ class Spool:
         self._admission.leave(leaving)
         if stats is not None:
             self._admission.measured(stats)
+        if self.tail.worth_trimming:
+            self._trim_tail()
         for entry in entries:
             self.ledger.accepted(entry.header)
             self.tail.add(entry)
@@ -227,6 +229,12 @@ class Spool:
                 if entry.header.owed & mask:
                     cursor.accepted(entry.header)
             cursor.wake()
+
+    def _trim_tail(self) -> None:
+        """With a store far behind, the tail keeps what the other one has yet to take, and nothing for that one."""
+        wanted = [cursor.tail_after(self.tail.limit) for cursor in self._cursors.values()]
+        if None in wanted:
+            self.tail.forget(min((seq for seq in wanted if seq is not None), default=self.ledger.last_seq))
 
     def _broken(self, error: SpoolFailed) -> None:
         if self._failed is not None:

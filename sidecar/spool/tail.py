@@ -12,7 +12,11 @@ _RING_IDS: Final = 100_000
 
 
 class Tail:
-    """Every live frame with seq >= ``first`` is here, or settled by all; bounded in bytes of stored records."""
+    """Every live frame with seq >= ``first`` is here, or settled by all; bounded in bytes of stored records.
+
+    Decoded records take two to three times their stored bytes. Where a store has a longer way to go in the file than
+    this cache reaches back, holding frames for it would only cost memory, when memory is short: see ``Spool``.
+    """
 
     def __init__(self, limit: int, first: int) -> None:
         self._limit = limit
@@ -38,6 +42,27 @@ class Tail:
         entry = self._entries.pop(seq, None)
         if entry is not None:
             self._bytes -= entry.header.size
+
+    @property
+    def worth_trimming(self) -> bool:
+        """Whether more than an eighth of the bound is in use: less is not worth a look at every commit."""
+        return self._bytes > self._limit // 8
+
+    @property
+    def size(self) -> int:
+        """Bytes of stored records that are here."""
+        return self._bytes
+
+    @property
+    def limit(self) -> int:
+        """The bound, bytes."""
+        return self._limit
+
+    def forget(self, upto: int) -> None:
+        """Drop the frames up to a number: whoever needs one of them reads it back from the file."""
+        while self._entries and (seq := next(iter(self._entries))) <= upto:
+            self.drop(seq)
+        self.first = max(self.first, upto + 1)
 
     def find(self, log_id: bytes) -> tuple[Header, int] | None:
         """The newest frame here that holds an id, and the record's index."""

@@ -152,6 +152,32 @@ async def test_a_store_that_keeps_up_never_reads_the_file(tmp_path, monkeypatch)
         assert await deliver(spool, "dynamodb") == batch
 
 
+async def test_a_store_far_behind_keeps_no_memory_and_the_other_one_still_never_reads_the_file(tmp_path, monkeypatch):
+    """The cache is trimmed to what the store that keeps up has yet to take; the other one gets everything, in order."""
+    limit = 40_000
+    async with spool_at(tmp_path, settings=settings(tail_cache_bytes=limit)) as spool:
+
+        async def no_read(run):
+            raise AssertionError("the file was read")
+
+        everything = []
+        with monkeypatch.context() as patched:
+            patched.setattr(spool, "read", no_read)
+            for _ in range(60):
+                batch = records(10, size=200)
+                everything += batch
+                await put(spool, batch)
+                assert await deliver(spool, "postgres") == batch
+        assert spool.counters("dynamodb").pending_bytes > 4 * limit
+        assert spool.tail.size < limit // 2
+        assert await deliver(spool, "dynamodb") == everything
+        with monkeypatch.context() as patched:  # both keep up again
+            patched.setattr(spool, "read", no_read)
+            batch = records(10)
+            await put(spool, batch)
+            assert [await deliver(spool, store) for store in ("postgres", "dynamodb")] == [batch, batch]
+
+
 async def test_records_come_back_from_the_file_as_they_went_in(tmp_path):
     """Without a cache, in batches smaller than the backlog, everything is read back in order."""
     async with spool_at(tmp_path, settings=settings(tail_cache_bytes=0)) as spool:
