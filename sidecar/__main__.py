@@ -11,6 +11,7 @@ EXIT CODES
 3     the spool is refused: held by another sidecar, on a volatile file system, of a newer schema
 4     the spool failed: EIO or a failed fsync; a restart recovers
 5     a store, or the running sidecar that was asked, could not be reached or refused
+70    a defect ended a part of ``serve``: it stopped in order, nothing is lost; the log says which part, and how
 130   interrupted from the keyboard
 141   whoever read the output has gone (``| head``)
 ====  =====================================================================================================

@@ -65,6 +65,7 @@ log = logging.getLogger(__name__)
 _GRACE: Final = 1.0  # seconds that answers under way have once the door is closed
 _POLL: Final = 0.05  # seconds, while draining
 _EXIT_SPOOL_FAILED: Final = 4
+_EXIT_DEFECT: Final = 70  # sysexits.h: EX_SOFTWARE
 _BODIES: Final = 64 * MIB  # of all request bodies being read together
 
 
@@ -108,6 +109,7 @@ class _Sidecar:
         self._tasks: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
         self._failure: SpoolFailed | None = None
+        self._defect = False
         self._ready = False
         self._spool: Spool
         self._phased: Phased
@@ -316,7 +318,7 @@ class _Sidecar:
         metrics.observe("config_last_reload_successful", lambda: [((), float(watcher.last_successful))])
         metrics.observe("config_last_reload_success_timestamp_seconds", lambda: [((), watcher.last_success_us / 1e6)])
         metrics.observe("config_info", lambda: [((watcher.current.digest,), 1.0)])
-        self._spawn(watcher.run())
+        self._spawn(keep_running("reload", watcher.run, clock=self._clock, died=self._reload_died))
 
     def _spawn(self, what: "asyncio._CoroutineLike[None]") -> None:
         task = asyncio.get_running_loop().create_task(what)
@@ -324,16 +326,22 @@ class _Sidecar:
         self._tasks.append(task)
 
     def _task_ended(self, task: "asyncio.Task[None]") -> None:
-        """Watcher and switch end only with the spool; anything else is a bug that must not stay silent."""
+        """Parts end only with the spool; anything else is a defect, which must not stay silent: stop in order."""
         if task.cancelled() or (error := task.exception()) is None:
             return
         log.error("task ended", extra={"task": task.get_name()}, exc_info=error)
+        self._defect = True
         self._stop.set()
 
     # -- events --------------------------------------------------------------------------------------------------
 
     def _died(self, name: str) -> None:
         self._metrics.shipper_restarts.labels(name).inc()
+
+    def _reload_died(self, _: str) -> None:
+        """A defect met while a file was looked at: what is in force stays in force, and it shows."""
+        self._watcher.last_successful = False
+        self._metrics.config_reload_failures.inc()
 
     def _spool_failed(self, error: SpoolFailed) -> None:
         log.critical("the spool failed; stopping, the next start recovers", extra={"what": str(error)})
@@ -432,4 +440,4 @@ class _Sidecar:
         await self._phase.leave()
         await self._consistency.leave()
         log.info("stopped", extra={f"undelivered_{name}": n for name, n in self._left().items()})
-        return 0
+        return _EXIT_DEFECT if self._defect else 0

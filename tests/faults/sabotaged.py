@@ -6,6 +6,7 @@ Production knows no switch for any of this: the process is changed from outside,
 import asyncio
 import contextlib
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -40,6 +41,33 @@ def ack_before_commit() -> None:
         return Receipt((), obligation)
 
     Spool.append = append  # type: ignore[method-assign]  (that is the sabotage)
+
+
+def defective_reload() -> None:
+    """A defect in the reading of the mounted file: the first look at each new content raises what nobody expects."""
+    from sidecar import reload
+
+    look = reload.Watcher.look
+    seen = set()
+
+    async def once_wrong(self: Any, *, asked: bool = False) -> None:
+        content = pathlib.Path(self._path).read_bytes()
+        if content not in seen:
+            seen.add(content)
+            raise RuntimeError("defect")
+        await look(self, asked=asked)
+
+    reload.Watcher.look = once_wrong  # type: ignore[method-assign]
+
+
+def defective_warming() -> None:
+    """A defect in a part that nobody supervises."""
+    import importlib
+
+    async def warm(stores: Any) -> None:
+        raise RuntimeError("defect")
+
+    importlib.import_module("sidecar.app.serve").warm = warm  # type: ignore[attr-defined]
 
 
 def synchronous_off() -> None:
@@ -288,6 +316,8 @@ SABOTAGES: dict[str, Callable[[], None]] = {
     for each in (
         stopped_after_imports,
         ack_before_commit,
+        defective_reload,
+        defective_warming,
         synchronous_off,
         ignored_errors,
         gives_up,
