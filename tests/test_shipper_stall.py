@@ -46,6 +46,7 @@ class Listed:
         self._held: dict[int, Frame] = {}
         self._deferred: dict[int, Deferred] = {}
         self._there = asyncio.Event()
+        self._nobody = asyncio.Event()
         self._key = 0
         self.accepted = 0
         self.dead = 0
@@ -82,6 +83,9 @@ class Listed:
     def take_back(self, _store: str) -> None:
         self._frames.extendleft(self._held.values())
         self._held.clear()
+
+    def awaited(self, _store: str) -> asyncio.Event:
+        return self._nobody
 
     def next_due_us(self, _store: str) -> int | None:
         return min((item.due_us for item in self._deferred.values()), default=None)
