@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VALIDATION := tests/scenarios/test_consistency.py::test_under_load_retries_restarts_and_a_second_sidecar_nothing_is_called_divergent_that_is_not
 WORKERS ?= 3  # tests mostly wait for processes and disks: more workers than a small machine has cores
+FAULT_WORKERS ?= 4
 
 .PHONY: run test check format clean bench ci-faults faults ci-integration install
 
@@ -31,7 +32,7 @@ test: check  ## everything that needs no root: at most 8 minutes
 	$(BIN)/pytest -m 'not root' --ignore=tests/faults -n $(WORKERS) --dist worksteal
 
 ci-faults: $(STAMP)  ## the fault matrix with CI's counts: at most 9 minutes; without root some rows are named as not run
-	SPOOL_MODEL=150 VALIDATION_SECONDS=90 $(BIN)/pytest $(VALIDATION) tests/spool/test_model.py tests/faults -n $(WORKERS) --dist worksteal
+	SPOOL_MODEL=100 VALIDATION_SECONDS=90 $(BIN)/pytest $(VALIDATION) tests/spool/test_model.py tests/faults -n $(FAULT_WORKERS) --dist worksteal
 
 faults: $(STAMP)  ## the fault matrix with the long counts (ROWS=f3_ for one row, FAULTS_SEED=7 for a seed that failed)
 	FAULTS_LONG=1 $(BIN)/pytest tests/faults -n $(WORKERS) --dist worksteal $(if $(ROWS),-k '$(ROWS)')
