@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tracemalloc
 import uuid
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from hypothesis import example, given, settings
 
 from sidecar.errors import InvalidRecord, MalformedBody, TooLarge
 from sidecar.record import FIELDS, decode, encode, timestamp_text, to_dict
-from sidecar.screening import Form, Minter, Refused, Rule, Screened, Screener, check_key, derive_ids
+from sidecar.screening import Form, Minter, Refused, Rule, Screened, Screener, check_key, derive_ids, shapes
 from sidecar.screening.identity import canonical, version7_time
 from sidecar.screening.schema import SPELLINGS, Refusal, camel, pascal
 from sidecar.screening.timestamps import Timestamps
@@ -264,6 +265,40 @@ def test_blank_lines_have_no_index() -> None:
     result = screen(b"\n\n" + record + b"\r\n \t\n" + record, Form.LINES)
     assert (result.batch, result.total, list(result.indexes)) == (True, 2, [0, 1])
     assert screen(b"", Form.LINES).total == 0
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from([b"\n", b"\r", b" ", b"\t", b"a", b'{"b": 1}', b"\x0b", b"\r\n"])).map(b"".join))
+def test_lines_are_what_stands_between_line_feeds_without_white_space_and_blank_ones(body: bytes) -> None:
+    """However many blank ones there are, and wherever."""
+    assert list(shapes.lines(body)) == [s for line in body.split(b"\n") if (s := line.strip(b" \t\r"))]
+
+
+@pytest.mark.parametrize("line", [b"", b" \t\r", b"1"])
+def test_a_body_of_millions_of_lines_costs_no_memory_beside_its_own(line: bytes) -> None:
+    """Blank ones are passed over, too many are refused before they are cut out."""
+    body = (line + b"\n") * (4_000_000 // (len(line) + 1))
+    tracemalloc.start()
+    try:
+        if line == b"1":
+            with pytest.raises(TooLarge):
+                screen(body, Form.LINES)
+        else:
+            assert screen(body, Form.LINES).total == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5_000_000  # of 10,000 lines at most; a list of all of them takes 16 MB and more
+
+
+def test_a_payload_of_surrogate_escapes_alone_is_kept_as_it_was_sent() -> None:
+    """Lone, paired, in capitals, behind an escaped backslash, beside escapes of D000 that are none."""
+    payload = r'["\ud800", "\uD800\uDFFF", "\\ud800", "\ud7ff", "\uDC00x", "\\\udfff"]'
+    body = b'{"service_name": "s", "request_data": ' + payload.encode() + b"}"
+    assert screen(body).records[0].request_data == payload
+    for bad in (rb"\udz00", rb"\ud8", rb"\uDxyz"):
+        with pytest.raises(MalformedBody):
+            screen(b'{"service_name": "s", "request_data": ["' + bad + b'"]}')
 
 
 def test_lines_do_not_join() -> None:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from types import MappingProxyType
 from typing import Final, cast
 
@@ -128,7 +129,9 @@ class Screener:
         batch = True
         lines: list[bytes] | None = None
         if form is Form.LINES:
-            lines = list(shapes.lines(body))
+            lines = list(islice(shapes.lines(body), most + 1))
+            if len(lines) > most:
+                return None
         elif _array.match(body) is None:
             envelope = _envelope.match(body)
             batch = envelope is not None
