@@ -125,8 +125,7 @@ class Screener:
         """
         if len(body) > most * _SHORTEST_RECORD and body.count(b"{") > 4 * most:
             return None  # perhaps too many records: counted before they are built
-        source = body
-        batch = True
+        source, batch = body, True
         lines: list[bytes] | None = None
         if form is Form.LINES:
             lines = list(islice(shapes.lines(body), most + 1))

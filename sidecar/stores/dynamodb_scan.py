@@ -5,10 +5,9 @@ sort key, finds all. What that costs: the *whole* index is read whatever the ran
 per record in the table (a million records: 220 MB, 27,000 units, some seconds).
 
 ``scan`` answers ascending by (time, id), but a Scan has no order: the entries of the range are sorted here. MEMORY is
-bounded: ``RUN_ENTRIES`` at a time are sorted and written to an anonymous temporary file (TMPDIR), ``MERGE_RUNS`` files
-are merged into one when there are as many, and the answer is read from a merge of what is left. A range of fewer than
-``RUN_ENTRIES`` touches no file. Nothing is yielded before the whole index has been read, so a failure of the Scan can
-never look like the end of the range.
+bounded: runs of them are sorted and written to temporary files (``external_sort``), and the answer is read from a
+merge; a short range touches no file. Nothing is yielded before the whole index has been read, so a failure of the Scan
+can never look like the end of the range.
 
 DISK is bounded too (``dynamodb.scan_disk_bytes``): a pod whose temporary volume is over its limit is evicted, and its
 spool with it. Where the entries of a range would take more, the largest keys are dropped again, the rest is answered,
@@ -23,7 +22,7 @@ would have to write it before its first record of a service and day (or lose sig
 somebody else put into the table, which validation must find, would not be in it. Who wants many ranges reads once and
 says which ``hours`` are wanted.
 
-ENTRY in a file: 2 bytes length, then the sort key ``gt`` in UTF-8, a zero byte, then for ``scan`` and ``deep_scan`` the
+ENTRY to be sorted: the sort key ``gt`` in UTF-8, a zero byte, then for ``scan`` and ``deep_scan`` the
 8 bytes of the service (``base.service_tag``), and the digest. Order of bytes is order of (time, id), because ``gt`` is,
 and neither part of it contains a zero byte.
 
@@ -35,14 +34,11 @@ the beginning of the range. ``deep_scan`` reads the items besides, and checks al
 """
 
 import asyncio
-import heapq
-import struct
-import tempfile
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from itertools import islice, takewhile
-from typing import BinaryIO, Final
+from itertools import islice
+from typing import Final
 
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass
@@ -78,16 +74,11 @@ from sidecar.stores.dynamodb_pages import FIRST_US, LAST_US, MAX_KEYS, Key, Page
 from sidecar.stores.dynamodb_parallel import all_or_first_error
 from sidecar.stores.dynamodb_queries import WIDE_DAYS, Queries, day_spans, error_partitions, service_partitions
 from sidecar.stores.dynamodb_shards import Schedule, ShardSchedule
+from sidecar.stores.external_sort import CHUNK_ENTRIES, Sorter
 
-RUN_ENTRIES: Final = 32_768  # 100 bytes each in memory; sorted in some 10 ms, off the event loop
-MERGE_RUNS: Final = 64
 STREAM_BYTES: Final = 4 * 1024 * 1024  # of the bodies of one page of a stream, about
 _SAMPLED_DAYS: Final = 32
-CHUNK_ENTRIES: Final = 2_000
-_LENGTH: Final = struct.Struct(">H")
 _MOST_SERVICES: Final = 65_536  # hash keys whose parts are remembered
-_ENTRY_BYTES: Final = 91  # of one in a file
-_PEAK: Final = 2.1  # a merge holds what it reads and what it writes, and a run is on its way
 
 
 class Enumeration:
@@ -252,13 +243,13 @@ class Enumeration:
         ceiling: bytes | None = b""
         while stretch is not None and ceiling is not None:
             low = stretch.low if not ceiling else ceiling.partition(b"\0")[0].decode()
-            sorter = _Sorter(self._disk, floor=ceiling)
+            sorter = Sorter(self._disk, floor=ceiling)
             async with aclosing(self._pass(sorter, Span(low, stretch.high), choice)) as chunks:
                 async for chunk in chunks:
                     yield chunk
             ceiling = sorter.ceiling
 
-    async def _pass(self, sorter: "_Sorter", stretch: Span, choice: "_Choice") -> AsyncGenerator[list[bytes], None]:
+    async def _pass(self, sorter: Sorter, stretch: Span, choice: "_Choice") -> AsyncGenerator[list[bytes], None]:
         """One reading of the index: all that is left, or as much from the low end as the disk holds."""
         try:
             segments = range(self._pages.segments)
@@ -275,7 +266,7 @@ class Enumeration:
         finally:
             sorter.close()
 
-    async def _read_segment(self, sorter: "_Sorter", stretch: Span, segment: int, choice: "_Choice") -> None:
+    async def _read_segment(self, sorter: Sorter, stretch: Span, segment: int, choice: "_Choice") -> None:
         after: Key | None = None
         while True:
             entries, after, scanned = await self._pages.scan(stretch, segment, after, whole=choice.whole)
@@ -390,94 +381,6 @@ def _payload(record: LogRecord) -> int:
     """About how much memory a record takes, bytes."""
     texts = (record.request_data, record.response_data, record.error_message)
     return 500 + sum(len(text) for text in texts if text is not None)
-
-
-class _Sorter:
-    """An external merge sort of the smallest entries above ``floor`` that fit on the disk."""
-
-    def __init__(self, disk_bytes: int, floor: bytes) -> None:
-        """``ceiling`` is the largest entry kept, once larger ones were dropped; None where none was."""
-        self.ceiling: bytes | None = None
-        self._floor = floor
-        self._most = max(RUN_ENTRIES, int(disk_bytes / _ENTRY_BYTES / _PEAK))
-        self._spilled = 0
-        self._buffer: list[bytes] = []
-        self._runs: list[BinaryIO] = []
-        self._spilling = asyncio.Lock()
-
-    async def add(self, entries: list[bytes]) -> None:
-        """Take entries in any order. Raises OSError."""
-        if self._floor or self.ceiling is not None:
-            entries = [e for e in entries if self._floor < e and (self.ceiling is None or e <= self.ceiling)]
-        self._buffer += entries
-        async with self._spilling:
-            while len(self._buffer) >= RUN_ENTRIES:  # others may have added while this one waited
-                full, self._buffer = self._buffer[:RUN_ENTRIES], self._buffer[RUN_ENTRIES:]
-                if self.ceiling is not None:
-                    full = [entry for entry in full if entry <= self.ceiling]
-                if full:
-                    await asyncio.to_thread(self._spill, full)
-
-    def merged(self) -> Iterator[bytes]:
-        """All entries in order; call it once, after the last ``add``."""
-        self._buffer.sort()
-        merged = heapq.merge(*(_read(run) for run in self._runs), self._buffer)
-        return merged if self.ceiling is None else takewhile(self.ceiling.__ge__, merged)
-
-    def close(self) -> None:
-        """Give the temporary files back."""
-        for run in self._runs:
-            run.close()
-
-    def _spill(self, entries: list[bytes]) -> None:
-        entries.sort()
-        self._runs.append(_write(iter(entries)))
-        self._spilled += len(entries)
-        full = self._spilled > self._most
-        if full or len(self._runs) == MERGE_RUNS:
-            runs, self._runs = self._runs, []
-            try:
-                merged: Iterator[bytes] = heapq.merge(*(_read(run) for run in runs))
-                kept = _Lowest(merged, self._most * 3 // 4 if full else None)
-                self._runs.append(_write(iter(kept)))
-                self._spilled = kept.number
-                if full:  # only now: entries that come in meanwhile are judged by the bound that holds
-                    self.ceiling = kept.last
-            finally:
-                for run in runs:
-                    run.close()
-
-
-class _Lowest:
-    """The first ``most`` of ascending entries (None: all); after it was iterated, how many and which was the last."""
-
-    def __init__(self, entries: Iterator[bytes], most: int | None) -> None:
-        self._entries = islice(entries, most)
-        self.number = 0
-        self.last: bytes | None = None
-
-    def __iter__(self) -> Iterator[bytes]:
-        for entry in self._entries:
-            self.number += 1
-            self.last = entry
-            yield entry
-
-
-def _write(entries: Iterator[bytes]) -> BinaryIO:
-    file = tempfile.TemporaryFile(prefix="sidecar-scan-")  # noqa: SIM115  (the sorter closes it)
-    try:
-        while chunk := list(islice(entries, CHUNK_ENTRIES)):
-            file.write(b"".join([_LENGTH.pack(len(entry)) + entry for entry in chunk]))
-        file.seek(0)
-    except BaseException:  # whatever it is goes on; the file must not stay open
-        file.close()
-        raise
-    return file
-
-
-def _read(file: BinaryIO) -> Iterator[bytes]:
-    while head := file.read(_LENGTH.size):
-        yield file.read(_LENGTH.unpack(head)[0])
 
 
 def _parse(entry: bytes) -> ScanEntry:

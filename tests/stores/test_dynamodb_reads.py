@@ -11,7 +11,7 @@ from sidecar import settings
 from sidecar.clock import SystemClock
 from sidecar.errors import RetryClass, StoreError
 from sidecar.record import LogRecord
-from sidecar.stores import dynamodb_scan
+from sidecar.stores import dynamodb_scan, external_sort
 from sidecar.stores.base import (
     ByApplication,
     ByCorrelation,
@@ -294,9 +294,10 @@ async def test_a_scan_is_ordered_and_complete_in_bounded_memory(
     dynamodb_store: DynamoDBStore, monkeypatch: pytest.MonkeyPatch, run: int, merge: int
 ) -> None:
     """In memory, by sorted runs in files, and by runs of runs: the same entries, ascending, with their digests."""
-    monkeypatch.setattr(dynamodb_scan, "RUN_ENTRIES", run)
-    monkeypatch.setattr(dynamodb_scan, "MERGE_RUNS", merge)
+    monkeypatch.setattr(external_sort, "RUN_ENTRIES", run)
+    monkeypatch.setattr(external_sort, "MERGE_RUNS", merge)
     monkeypatch.setattr(dynamodb_scan, "CHUNK_ENTRIES", 7)
+    monkeypatch.setattr(external_sort, "CHUNK_ENTRIES", 7)
     batch = [*spread(3, 200), *spread(3, 50, service_name="billing", is_success=False)]
     await store_all(dynamodb_store, batch)
     start, end = NOON_US - 2 * DAY_US, max(r.log_timestamp for r in batch)
@@ -308,22 +309,23 @@ async def test_a_range_that_does_not_fit_on_the_disk_is_answered_whole_by_readin
     dynamodb_store: DynamoDBStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room for 30 entries, 250 to sort: each once, ascending; and never more in files than was allowed."""
-    monkeypatch.setattr(dynamodb_scan, "RUN_ENTRIES", 10)
+    monkeypatch.setattr(external_sort, "RUN_ENTRIES", 10)
     monkeypatch.setattr(dynamodb_scan, "CHUNK_ENTRIES", 7)
-    monkeypatch.setattr(dynamodb_scan._Sorter, "__init__", _small(dynamodb_scan._Sorter.__init__, 30))
-    written, held = dynamodb_scan._write, []
+    monkeypatch.setattr(external_sort, "CHUNK_ENTRIES", 7)
+    monkeypatch.setattr(external_sort.Sorter, "__init__", _small(external_sort.Sorter.__init__, 30))
+    written, held = external_sort._write, []
 
     def write(entries: Any) -> Any:
         file = written(entries)
         held.append(file)
-        sizes = [len(list(dynamodb_scan._read(f))) for f in held if not f.closed]
+        sizes = [len(list(external_sort._read(f))) for f in held if not f.closed]
         for each in held:
             if not each.closed:
                 each.seek(0)
         assert sum(sizes) <= 2.1 * 30
         return file
 
-    monkeypatch.setattr(dynamodb_scan, "_write", write)
+    monkeypatch.setattr(external_sort, "_write", write)
     batch = spread(3, 250)
     await store_all(dynamodb_store, batch)
     end = max(r.log_timestamp for r in batch) + 1
@@ -363,7 +365,7 @@ async def test_a_scan_that_cannot_write_its_files_is_a_store_error(
     dynamodb_store: DynamoDBStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full or missing TMPDIR is said, with nothing yielded."""
-    monkeypatch.setattr(dynamodb_scan, "RUN_ENTRIES", 5)
+    monkeypatch.setattr(external_sort, "RUN_ENTRIES", 5)
     monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
     await store_all(dynamodb_store, spread(1, 30))
     with pytest.raises(StoreError, match="TMPDIR"):
@@ -374,7 +376,7 @@ async def test_a_scan_left_early_leaves_nothing_open(
     dynamodb_store: DynamoDBStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its files are closed with it; warnings are errors here."""
-    monkeypatch.setattr(dynamodb_scan, "RUN_ENTRIES", 5)
+    monkeypatch.setattr(external_sort, "RUN_ENTRIES", 5)
     batch = spread(1, 30)
     await store_all(dynamodb_store, batch)
     found = dynamodb_store.scan(0, NOON_US + 1)
