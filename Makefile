@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Faults, and a minute and more of waiting: with the fault matrix, not with the tests.
+STARTS := tests/spool/test_failed_start.py
 VALIDATION := tests/scenarios/test_consistency.py::test_under_load_retries_restarts_and_a_second_sidecar_nothing_is_called_divergent_that_is_not
 WORKERS ?= 3  # tests mostly wait for processes and disks: more workers than a small machine has cores
 FAULT_WORKERS ?= 4
@@ -29,10 +31,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix sidecar tests benchmarks
 
 test: check  ## everything that needs no root: at most 8 minutes
-	$(BIN)/pytest -m 'not root' --ignore=tests/faults -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -m 'not root' --ignore=tests/faults --ignore=$(STARTS) --deselect $(VALIDATION) -n $(WORKERS) --dist worksteal
 
 ci-faults: $(STAMP)  ## the fault matrix with CI's counts: at most 9 minutes; without root some rows are named as not run
-	SPOOL_MODEL=100 VALIDATION_SECONDS=90 $(BIN)/pytest $(VALIDATION) tests/spool/test_model.py tests/faults -n $(FAULT_WORKERS) --dist worksteal
+	SPOOL_MODEL=100 VALIDATION_SECONDS=90 $(BIN)/pytest $(VALIDATION) $(STARTS) tests/spool/test_model.py tests/faults -n $(FAULT_WORKERS) --dist worksteal
 
 faults: $(STAMP)  ## the fault matrix with the long counts (ROWS=f3_ for one row, FAULTS_SEED=7 for a seed that failed)
 	FAULTS_LONG=1 $(BIN)/pytest tests/faults -n $(WORKERS) --dist worksteal $(if $(ROWS),-k '$(ROWS)')
