@@ -103,7 +103,7 @@ async def storm(row, stand, disk, seconds: float, without: str = "") -> None:
         await heal(stand)
         await eventually(
             lambda n=client.history.statuses[202]: client.history.statuses[202] > n,
-            seconds=60,
+            seconds=150,  # a full spool drains at the rate that throttling taught, which rises by 5 % a second
             what="a 202 at the end",
         )
         if without:
