@@ -48,7 +48,7 @@ ROWS: Final[Mapping[str, Fault]] = {
     "F23": Fault("SIGTERM under load with a store down, twice, then SIGKILL", 8, 100),
     "F24": Fault("two sidecars on one spool", 1, 3),
     "F25": Fault("no file descriptors left", 1, 3),
-    "F26": Fault("everything at once, seconds of it", 60, 3_600),
+    "F26": Fault("everything at once, seconds of it", 45, 3_600),
 }
 
 

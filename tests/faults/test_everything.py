@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tests.faults import rows
 from tests.faults.client import Client
 from tests.faults.disk import spool_on
 from tests.faults.process import start
@@ -103,7 +104,7 @@ async def storm(row, stand, disk, seconds: float, without: str = "") -> None:
         await heal(stand)
         await eventually(
             lambda n=client.history.statuses[202]: client.history.statuses[202] > n,
-            seconds=150,  # a full spool drains at the rate that throttling taught, which rises by 5 % a second
+            seconds=300,  # a full spool drains at the rate that throttling taught, which rises by 5 % a second
             what="a 202 at the end",
         )
         if without:
@@ -118,6 +119,7 @@ async def storm(row, stand, disk, seconds: float, without: str = "") -> None:
     print(f"acknowledged {len(client.history.acked)}, sent {len(client.history.sent)}, {client.history.statuses}")
 
 
+@pytest.mark.timeout(900 if not rows.is_long() else 9000)
 async def test_f26_everything_at_once_loses_nothing(begin, stand, disk):
     """F26: kills, power cuts, a full disk, stores down, lost replies, throttling, phase changes: all as promised."""
     row = begin("F26")
