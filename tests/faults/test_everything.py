@@ -46,6 +46,7 @@ class Storm:
             await asyncio.to_thread(fill, filler)
         await asyncio.sleep(self.row.rng.uniform(0, 1))
         filler.unlink()
+        self.disk.sync()  # or the next power cut brings the file back, and the disk stays full for ever
 
     async def sql_down(self) -> None:
         await self.stand.sql.refuse()
@@ -104,7 +105,7 @@ async def storm(row, stand, disk, seconds: float, without: str = "") -> None:
         await heal(stand)
         await eventually(
             lambda n=client.history.statuses[202]: client.history.statuses[202] > n,
-            seconds=300,  # a full spool drains at the rate that throttling taught, which rises by 5 % a second
+            seconds=120,
             what="a 202 at the end",
         )
         if without:
