@@ -471,19 +471,23 @@ def test_a_batch_is_the_sum_of_its_records(texts: list[bytes]) -> None:
 @example([b'{"service_name":"s"},{"service_name":"t"', b"}"])
 @example([b'[{"service_name":"s"}]', b'{"service_name":"s"}'])
 def test_singles_together_are_what_each_is_alone(texts: list[bytes]) -> None:
-    """Screened together only if each alone is taken with an id of ours, and then with the same fields."""
+    """Screened together only if each alone is taken, and then with the same fields, contents and ids of its own."""
     screener = new_screener()
     together = screener.singles(texts, screener.bounds(INGEST))
     if together is None:
         return
-    assert [len(column) for column in together] == [len(texts)] * 2
-    for text, record, data in zip(texts, *together, strict=True):
+    assert [len(column) for column in together] == [len(texts)] * 3
+    minted = set()
+    for text, record, data, content in zip(texts, *together, strict=True):
         alone = screener.screen(text, Form.JSON, INGEST)
         assert not alone.refused
-        assert alone.contents == [None]
-        assert to_dict(record) | {"log_id": None} == to_dict(alone.records[0]) | {"log_id": None}
+        assert alone.contents == [content]
+        if content is None:
+            minted.add(record.log_id)
+        mine = {"log_id": None} if content is None else {}
+        assert to_dict(record) | mine == to_dict(alone.records[0]) | mine
         assert decode(data) == record
-    assert len({record.log_id for record in together[0]}) == len(texts)
+    assert len(minted) == together[2].count(None)
 
 
 def test_plain_singles_are_screened_together() -> None:

@@ -81,7 +81,7 @@ class Express:
         self._heads: dict[bytes, Head | None] = {}
         self._counters: dict[int, Counter] = {}
         self._prefix: dict[int, bytes] = {}
-        self._together: list[tuple[Lane, bytes, Form]] = []
+        self._together: list[_Request] = []
         self._date_second = -1
         self._date = b""
 
@@ -140,50 +140,53 @@ class Express:
                 self._start(lane, body, form)
             return
         longest = min(_PLAIN, self.parts.settings().ingest.max_body_bytes)
-        perhaps: list[tuple[Lane, bytes, Form]] = []
+        perhaps: list[_Request] = []
         for request in waiting:
             _, body, form = request
-            if form is Form.JSON and len(body) <= longest and b'og_id"' not in body and b'ogId"' not in body:
+            if form is Form.JSON and len(body) <= longest:
                 perhaps.append(request)
             else:
                 self._start(*request)
         plain = intake.plain([body for _, body, _ in perhaps], bounds) if perhaps else None
         if plain is not None:
-            self._set_off([lane for lane, _, _ in perhaps], plain)
+            self._set_off(perhaps, plain)
             return
-        for lane, body, form in perhaps:
-            one = intake.plain((body,), bounds) if len(perhaps) > 1 else None
+        for request in perhaps:
+            one = intake.plain((request[1],), bounds) if len(perhaps) > 1 else None
             if one is None:
-                self._start(lane, body, form)
+                self._start(*request)
             else:
-                self._set_off([lane], one)
+                self._set_off((request,), one)
 
     def _start(self, lane: "Lane", body: bytes, form: Form) -> None:
         lane.task = asyncio.get_running_loop().create_task(self._alone(lane, body, form))
 
-    def _set_off(self, lanes: Sequence["Lane"], plain: Plain) -> None:
-        task = asyncio.get_running_loop().create_task(self._convoy(lanes, plain))
-        for lane in lanes:
+    def _set_off(self, requests: "Sequence[_Request]", plain: Plain) -> None:
+        task = asyncio.get_running_loop().create_task(self._convoy(requests, plain))
+        for lane, _, _ in requests:
             lane.task = task
 
     async def _alone(self, lane: "Lane", body: bytes, form: Form) -> None:
         lane.answer(await self.respond(body, form))
 
-    async def _convoy(self, lanes: Sequence["Lane"], plain: Plain) -> None:
-        """One append for all: what it meets, all meet."""
+    async def _convoy(self, requests: "Sequence[_Request]", plain: Plain) -> None:
+        """One append for all: what it meets, all meet. Where an id among them was seen before, each goes alone."""
         try:
             policy = await self.parts.intake.accept_plain(plain)
         except SidecarError as error:
-            answers = [self.render(errors.from_error(error)) for _ in lanes]
+            answers = [self.render(errors.from_error(error)) for _ in requests]
         except Exception as error:  # noqa: BLE001  (the last line of defence: no detail leaves, the type is logged)
-            answers = [self.render(errors.from_surprise(error)) for _ in lanes]
+            answers = [self.render(errors.from_surprise(error)) for _ in requests]
         else:
+            if policy is None:
+                await asyncio.gather(*(self._alone(*request) for request in requests))
+                return
             accepted, encode = ingest.accepted, msgspec.json.encode
             answers = [
                 self._bytes(202, encode(accepted(record.log_id, record.correlation_id, policy)), _NO_HEADERS)
                 for record in plain.records
             ]
-        for lane, answer in zip(lanes, answers, strict=True):
+        for (lane, _, _), answer in zip(requests, answers, strict=True):
             lane.answer(answer)
 
     async def respond(self, body: bytes, form: Form) -> bytes:
@@ -221,6 +224,9 @@ class Express:
             self._date_second = second
             self._date = f"\r\nDate: {formatdate(second, usegmt=True)}\r\n".encode()
         return b"".join((self._prefix[status], b"%d" % len(body), self._date, more, b"\r\n", body))
+
+
+_Request = tuple["Lane", bytes, Form]  # who waits for the answer, the body, what it claims to be
 
 
 class Lane:

@@ -15,13 +15,15 @@ STAGES, and what a failure at each leaves behind
    is answered: a second delivery has no effect, a record that the fleet's phase does not look for would be lost to it.
 5. Waiting for the stores, if the client prefers: the records are durable whatever comes of it.
 
-PLAIN RECORDS (one a request, good at the first look, with an id of ours) of requests that arrive together are appended
-together: stage 4 once for all of them, all or none.
+PLAIN RECORDS (one a request, good at the first look, with an id of ours or one that nobody has seen) of requests that
+arrive together are appended together: stage 4 once for all of them, all or none. Where stage 3 has anything to say
+about one of them, each goes its own way.
 
 The policy is read once per request, at 4, so that all its records are owed to the same stores.
 """
 
-from sidecar.intake.door import Firm, Hold, Intake, Outcome, Plain, SpoolDoor, Standing
+from sidecar.intake.door import Intake, Outcome, Plain, SpoolDoor
+from sidecar.intake.standing import Firm, Hold, Standing
 from sidecar.intake.window import DedupWindow
 
 __all__ = ["DedupWindow", "Firm", "Hold", "Intake", "Outcome", "Plain", "SpoolDoor", "Standing"]

@@ -14,6 +14,7 @@ import prometheus_client as metric
 from sidecar.clock import Clock
 from sidecar.errors import Busy, ContentConflict, InvalidRecord, TooLarge
 from sidecar.intake.mapped import screen_mapped
+from sidecar.intake.standing import Firm, Hold, Standing
 from sidecar.intake.window import DedupWindow
 from sidecar.mapping import Mapped
 from sidecar.metrics import Metrics
@@ -68,47 +69,6 @@ class SpoolDoor(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """To whom records are owed at this instant. ``fenced``: this instance does not know the fleet's phase for sure."""
-
-    policy: Policy
-    fenced: bool = False
-
-    @property
-    def obligation(self) -> Obligation:
-        """What the records of a request are stamped with; a fenced instance leaves it to be decided."""
-        if self.fenced:
-            return Obligation(int(self.policy.phase), frozenset(), unresolved=True)
-        return Obligation(
-            phase=int(self.policy.phase),
-            required=self.policy.required,
-            best_effort=self.policy.owed - self.policy.required,
-        )
-
-
-class Hold(Protocol):
-    """A request's hold on the standing that its records are stamped by, from the stamp to the commit."""
-
-    @property
-    def standing(self) -> Standing:
-        """As it was when the hold began."""
-        ...
-
-    @property
-    def valid(self) -> bool:
-        """False where it may have been outdated before the commit was over (``sidecar.fleet.Use``)."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Firm:
-    """The hold of an instance that decides its phase alone: it is always valid."""
-
-    standing: Standing
-    valid: bool = True
-
-
 @dataclass(slots=True)
 class Outcome:
     """What became of a request. ``log_ids`` has one entry per record of the input, None where it was refused.
@@ -131,10 +91,11 @@ class Outcome:
 
 
 class Plain(NamedTuple):
-    """Records of several requests, one each, and their stored forms, in order."""
+    """Records of several requests, one each, their stored forms and contents (``Screened``), in order."""
 
     records: list[LogRecord]
     encoded: list[bytes]
+    contents: list[bytes | None]
 
 
 class Intake:
@@ -231,15 +192,25 @@ class Intake:
         return self._screener.bounds(ingest)
 
     def plain(self, bodies: Sequence[bytes], bounds: Bounds) -> Plain | None:
-        """Bodies that are one good record each, with an id of ours, screened; None: at least one is not."""
+        """Bodies that are one good record each, screened; None: at least one is not."""
         screened = self._screener.singles(bodies, bounds)
         return None if screened is None else Plain(*screened)
 
-    async def accept_plain(self, plain: Plain) -> Policy:
-        """Make the records of several requests durable by one append, all or none. Raises Busy, SpoolFailed."""
+    async def accept_plain(self, plain: Plain) -> Policy | None:
+        """Make the records of several requests durable by one append, all or none. Raises Busy, SpoolFailed.
+
+        None: nothing was stored, because an id among them is known, on its way to disk, or there twice: each alone.
+        """
+        fresh = self.window.unknown(
+            (_key(record.log_id), content)
+            for record, content in zip(plain.records, plain.contents, strict=True)
+            if content is not None
+        )
+        if fresh is None:
+            return None
         together = Screened(batch=True, records=plain.records, encoded=plain.encoded)
         outcome = Outcome(True, self._standing().policy, [])
-        await self._append(together, outcome, (), strict=False)
+        await self._append_fresh(together, outcome, fresh, strict=False)
         return outcome.policy
 
     async def accept_mapped(self, mapped: Mapped, *, wait: float | None = None) -> Outcome:
@@ -311,11 +282,22 @@ class Intake:
     async def _append_known(self, screened: Screened, outcome: Outcome, *, strict: bool) -> Receipt | None:
         """Append what the dedup window does not know; settles duplicates and conflicts in ``outcome``."""
         ids = [
-            None if content is None else bytes.fromhex(record.log_id.replace("-", ""))
+            None if content is None else _key(record.log_id)
             for record, content in zip(screened.records, screened.contents, strict=True)
         ]
         await self.window.settled([log_id for log_id in ids if log_id is not None])
         fresh = self._sift(screened, ids, outcome)  # no await between here and the claim
+        receipt = await self._append_fresh(screened, outcome, fresh, strict=strict)
+        if outcome.committed and outcome.duplicates:
+            self._metrics.records_duplicate.inc(len(outcome.duplicates))
+        return receipt
+
+    async def _append_fresh(
+        self, screened: Screened, outcome: Outcome, fresh: Mapping[bytes, bytes], *, strict: bool
+    ) -> Receipt | None:
+        """Append records whose ids, as far as clients gave them, are ``fresh`` with their contents."""
+        if not fresh:
+            return await self._append(screened, outcome, (), strict=strict)
         claim = self.window.claim(fresh)
         try:
             seen = [Seen(log_id, content) for log_id, content in fresh.items()]
@@ -324,8 +306,6 @@ class Intake:
                 claim.keep()
         finally:
             claim.drop()
-        if outcome.committed and outcome.duplicates:
-            self._metrics.records_duplicate.inc(len(outcome.duplicates))
         return receipt
 
     def _sift(self, screened: Screened, ids: Sequence[bytes | None], outcome: Outcome) -> dict[bytes, bytes]:
@@ -425,6 +405,10 @@ class Intake:
     def _count(self, refused: Sequence[Refused]) -> None:
         for rule, count in Counter(one.rule for one in refused).items():
             self._metrics.records_refused.labels(rule.value).inc(count)
+
+
+def _key(log_id: str) -> bytes:
+    return bytes.fromhex(log_id.replace("-", ""))
 
 
 def _log_ids(screened: Screened) -> list[str | None]:

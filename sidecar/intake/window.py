@@ -82,6 +82,15 @@ class DedupWindow:
                 return
             await asyncio.wait(landing)
 
+    def unknown(self, pairs: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes] | None:
+        """These (id, content) pairs, if none of the ids is known, in flight, or there twice; else None."""
+        fresh: dict[bytes, bytes] = {}
+        for log_id, content in pairs:
+            if log_id in fresh or log_id in self.flying or log_id in self._contents:
+                return None
+            fresh[log_id] = content
+        return fresh
+
     def claim(self, contents: Mapping[bytes, bytes]) -> Claim:
         """Mark ids as on their way to disk; none of them is in flight (see ``settled``)."""
         return Claim(self, contents)

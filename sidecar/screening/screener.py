@@ -149,10 +149,12 @@ class Screener:
             return None if columns is None else Screened(batch, len(wires), range(len(wires)), *columns)
         return None
 
-    def singles(self, bodies: Sequence[bytes], bounds: Bounds) -> tuple[list[LogRecord], list[bytes]] | None:
-        """The fast lane over bodies of one record each, whose ids are ours: records and stored forms, in order.
+    def singles(
+        self, bodies: Sequence[bytes], bounds: Bounds
+    ) -> tuple[list[LogRecord], list[bytes], list[bytes | None]] | None:
+        """The fast lane over bodies of one record each: records, stored forms and contents, in order.
 
-        None: at least one of them is in doubt, is no single record, or has an id; nothing is known of the others.
+        None: at least one of them is in doubt or is no single record; nothing is known of the others.
         Quotes are counted over all together: a key that comes twice only adds some, so none makes up for another's.
         """
         for one, _ in _decoders:
@@ -161,10 +163,7 @@ class Screener:
                 wires = list(map(one.decode, bodies))
             except _DOUBT:
                 continue
-            columns = self._judge(wires, b"".join(bodies), bounds, None, 0)
-            if columns is None or any(columns[2]):
-                return None
-            return columns[0], columns[1]
+            return self._judge(wires, b"".join(bodies), bounds, None, 0)
         return None
 
     def _judge(  # noqa: C901, PLR0912, PLR0915  (one pass, unrolled: this is the hot loop)

@@ -210,14 +210,51 @@ async def test_records_that_arrive_together_are_one_append_and_each_has_its_own_
     assert len(appends) < 20
 
 
+def named(number: int, text: str = "s") -> bytes:
+    """A record with an id of the client's own."""
+    return msgspec.json.encode({"log_id": f"00000000-0000-7000-8000-{number:012x}", "service_name": text})
+
+
+async def test_records_with_ids_of_their_clients_travel_together_too(door, monkeypatch):
+    """Twenty ids that nobody has seen, ten without one: fewer appends than records; sent again, all are known."""
+    appends = []
+    append = door.spool.append
+
+    async def counted(records, *rest):
+        appends.append(len(records))
+        return await append(records, *rest)
+
+    monkeypatch.setattr(door.spool, "append", counted)
+    bodies = [named(i) if i % 3 else GOOD for i in range(1, 31)]
+    answers = await together(door, bodies)
+    assert {status for status, _, _ in answers} == {202}
+    assert not any(document["duplicate"] for _, _, document in answers)
+    assert sum(appends) == 30
+    assert len(appends) < 30
+    again = await together(door, bodies)
+    assert [document["duplicate"] for _, _, document in again] == [body != GOOD for body in bodies]
+    assert sum(appends) == 40
+
+
+async def test_an_id_seen_before_among_those_that_arrive_together_is_answered_as_alone(door):
+    """Known with the same content, known with other content, twice in one turn: one record each, and honest answers."""
+    await together(door, [named(1), named(2)])
+    bodies = [named(1), named(2, "other"), named(3), named(3), named(4), named(5), named(5, "other"), GOOD]
+    answers = await together(door, bodies)
+    seen = [(status, document.get("duplicate")) for status, _, document in answers]
+    assert seen[0] == (202, True)
+    assert seen[1] == (409, None)
+    assert sorted(seen[2:4]) == [(202, False), (202, True)]
+    assert seen[4] == (202, False)
+    assert sorted(seen[5:7], key=str) == [(202, False), (409, None)]
+    assert seen[7] == (202, False)
+    assert door.spool.ledger.accounts["postgres"].owed == 2 + 4
+
+
 async def test_a_bad_record_among_those_that_arrive_together_is_refused_alone(door):
     """Whatever is wrong with it: the others are taken, as they would be without it."""
     bad = [b"{", b'{"service_name": 5}', b'{"service_name":"s","service_name":"t"}', b'"x"', b"\xff\xff", b"[]"]
-    good = [
-        GOOD,
-        b"[" + GOOD + b"]",
-        GOOD.replace(b'"svc"', b'"svc", "log_id": "00000000-0000-7000-8000-00000000000a"'),
-    ]
+    good = [GOOD, b"[" + GOOD + b"]", named(10)]
     bodies = [body for pair in zip(bad, good * 2, strict=True) for body in pair]
     alone = [(await together(door, [body]))[0][0] for body in bodies]
     assert [status for status, _, _ in await together(door, bodies)] == alone
