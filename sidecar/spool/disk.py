@@ -162,7 +162,10 @@ def free_bytes(directory: Path) -> int:
 
 
 class Lock:
-    """An flock held for the life of the process that owns the spool; the kernel frees it, whatever happens."""
+    """An flock held for the life of the process that owns the spool; the kernel frees it, whatever happens.
+
+    The file has a line in it from the first complete start on: where all else is gone, it says that a spool was here.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Take it.
@@ -178,6 +181,17 @@ class Lock:
             raise SpoolLocked(
                 f"spool.directory: {directory} is in use by another sidecar; use its control API, or stop it"
             ) from exc
+
+    @property
+    def used(self) -> bool:
+        """A spool was opened here before."""
+        return os.fstat(self._fd).st_size > 0
+
+    def use(self) -> None:
+        """Say that a spool was opened here, durably."""
+        if not self.used:
+            os.pwrite(self._fd, b"a spool lives here\n", 0)
+            os.fsync(self._fd)
 
     def release(self) -> None:
         """Give it back; idempotent."""

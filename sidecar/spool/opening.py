@@ -127,7 +127,7 @@ def _open_locked(plan: _Plan, lock: disk.Lock, undo: contextlib.ExitStack) -> Op
     directory, settings, clock = plan.directory, plan.settings, plan.clock
     last = disk.Position.read(directory)
     quarantine = recovery.Quarantine(directory, clock)
-    found = recovery.before_open(directory, last, quarantine)
+    found = recovery.before_open(directory, last, quarantine, used=lock.used)
     position = disk.Position(directory)
     undo.callback(position.close)
     if not found.unclean:
@@ -147,6 +147,7 @@ def _open_locked(plan: _Plan, lock: disk.Lock, undo: contextlib.ExitStack) -> Op
     position.name([a.name for a in accounts])
     position.write(disk.RUNNING, loaded.ledger.last_seq, {a.bit: a.owed for a in accounts})
     position.sync()
+    lock.use()
     return Opened(lock, position, ballast, loaded, found.report())
 
 

@@ -82,8 +82,11 @@ class Quarantine:
             disk.sync_directory(self.directory)
 
 
-def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine) -> Findings:
-    """Look at the files before SQLite does; what SQLite would drop is taken into memory, the log is copied aside."""
+def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine, *, used: bool) -> Findings:
+    """Look at the files before SQLite does; what SQLite would drop is taken into memory, the log is copied aside.
+
+    ``used`` says that a spool was opened here before.
+    """
     found = Findings()
     database, log, as_found = (directory / name for name in (disk.DATABASE, disk.WAL, disk.FOUND))
     if last is not None and last.state == disk.CLEAN:
@@ -101,6 +104,12 @@ def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine)
             " compare the stores over the last hours (validate-consistency)"
         )
     if last is None and not there and not log.exists():
+        if used and not found.messages:
+            found.lower_bound = True
+            found.messages.append(
+                f"spool: {disk.DATABASE} and position are missing, though a spool was here; what was in it cannot be"
+                " counted: compare the stores over the last hours (validate-consistency)"
+            )
         return found  # a new spool
     found.unclean = last is None or last.state != disk.CLEAN
     if exchange(directory, quarantine):

@@ -165,6 +165,25 @@ def test_a_missing_log_is_the_same_alarm(spools):
         assert reports[0].quarantined == len(acked - came) == len(acked)
 
 
+def test_a_spool_of_which_only_the_lock_is_left_says_so_once(spools):
+    """Nothing can be counted then; a new directory, and one whose first start ended early, say nothing."""
+    root, acked = spools
+    with _copy(root / "stopped") as directory:
+        for name in (disk.DATABASE, "position"):
+            (directory / name).unlink()
+        came, (report,) = asyncio.run(_account_for(directory, acked, exactly=False))
+        assert not came
+        assert report.lower_bound
+        assert "a spool was here" in report.messages[0]
+        assert asyncio.run(_account_for(directory, set()))[1][0].messages == ()
+
+
+def test_a_first_start_that_ended_before_its_position_was_written_says_nothing(tmp_path):
+    """The control: the lock alone is no loss."""
+    disk.Lock(tmp_path).release()
+    assert asyncio.run(_account_for(tmp_path, set()))[1][0].messages == ()
+
+
 def test_a_log_that_lost_its_first_name_is_found_by_its_second(spools):
     """SQLite deletes the first where a process ends after an error; nothing is missing, nothing is told."""
     root, acked = spools
