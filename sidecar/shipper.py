@@ -192,8 +192,8 @@ class _Run:
         self._room.set()
 
     def start(self) -> None:
-        for part in (self._feed(), self._feed_deferred(), self._dispatch()):
-            self._group.create_task(part)
+        for part in (self._feed, self._feed_deferred, self._dispatch):
+            self._group.create_task(part())
 
     # -- in ------------------------------------------------------------------------------------------------------
 
@@ -244,29 +244,35 @@ class _Run:
     # -- out -----------------------------------------------------------------------------------------------------
 
     async def _dispatch(self) -> None:
+        """Begin calls, one in a turn of the loop: several at once would hold up who waits for an answer."""
         loop = asyncio.get_running_loop()
         while True:
             self.wake.clear()
-            delay = self._start_calls()
+            delay = self._start_call()
+            if delay == 0.0:
+                await asyncio.sleep(0)
+                continue
             timer = None if delay is None else loop.call_later(delay, self.wake.set)
             await self.wake.wait()
             if timer is not None:
                 timer.cancel()
 
-    def _start_calls(self) -> float | None:
-        """Begin every call that may begin now; returns seconds until time alone may allow another, or None."""
+    def _start_call(self) -> float | None:
+        """Begin a call if one may; returns seconds until the next may: 0.0 after a call, None: an event decides."""
+        wanted = self._backlog.ready
+        if not wanted:
+            return None
         self._pace.configure(self._owner.retry())
-        while wanted := self._backlog.ready:
-            now = self._clock.monotonic()
-            if self._pace.in_flight and not self._backlog.full_chunk and not self._awaited.is_set():
-                linger = self._backlog.oldest + _LINGER - now
-                if linger > 0:
-                    return linger
-            ticket = self._pace.permit(wanted, now)
-            if ticket is None:
-                return self._pace.delay(wanted, now)
-            self._group.create_task(self._call(ticket, self._backlog.next_chunk(ticket.records, now)))
-        return None
+        now = self._clock.monotonic()
+        if self._pace.in_flight and not self._backlog.full_chunk and not self._awaited.is_set():
+            linger = self._backlog.oldest + _LINGER - now
+            if linger > 0:
+                return linger
+        ticket = self._pace.permit(wanted, now)
+        if ticket is None:
+            return self._pace.delay(wanted, now)
+        self._group.create_task(self._call(ticket, self._backlog.next_chunk(ticket.records, now)))
+        return 0.0
 
     async def _call(self, ticket: Ticket, chunk: Chunk) -> None:
         started = self._clock.monotonic()

@@ -210,8 +210,8 @@ def test_control_a_lost_wake_up_is_found(monkeypatch):
     """The control: an answer that wakes nobody, and the watch finds the sleep."""
     from sidecar.shipper import _Run
 
-    start = _Run._start_calls
-    monkeypatch.setattr(_Run, "_start_calls", lambda self: start(self) and None)  # no timer is ever set
+    start = _Run._start_call
+    monkeypatch.setattr(_Run, "_start_call", lambda self: start(self) and None)  # no timer is ever set
     stand = Stand(3)
     with pytest.raises(AssertionError, match="no call since"):
         run(stand.loop, stand.live(6))

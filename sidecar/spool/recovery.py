@@ -96,20 +96,15 @@ def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine,
     else:
         disk.restore_log(directory)
     there = _has_bytes(database)
-    if last is None and (there or _has_bytes(directory / "position")):
+    if last is None and (there or used or _has_bytes(directory / "position")):
         # It is on the disk before the database is; without it a log that was cut short looks whole.
         found.lower_bound = True
+        gone = "position is missing or damaged" if there else f"position and {disk.DATABASE} are missing or damaged"
         found.messages.append(
-            "spool: position is missing or damaged; what may be missing from the other files cannot be counted:"
+            f"spool: {gone}, though a spool was here; what may be missing cannot be counted:"
             " compare the stores over the last hours (validate-consistency)"
         )
     if last is None and not there and not log.exists():
-        if used and not found.messages:
-            found.lower_bound = True
-            found.messages.append(
-                f"spool: {disk.DATABASE} and position are missing, though a spool was here; what was in it cannot be"
-                " counted: compare the stores over the last hours (validate-consistency)"
-            )
         return found  # a new spool
     found.unclean = last is None or last.state != disk.CLEAN
     if exchange(directory, quarantine):
