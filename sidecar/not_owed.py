@@ -16,6 +16,9 @@ reached anyway), and of the store that decides in this phase, whose ledger the g
 the shipper. A crash after 1: the counts are too high, never too low. A failure of 2: nothing is shipped, it is tried
 again, ``trouble`` says why. After a restart frames that were not settled are counted once more.
 
+WHILE THEY WAIT the shipper is handed nothing, and its pace knows of no trouble: ``waits`` has why and since when, for
+who shows the store's state or acts on it.
+
 THE COUNT RUNS AHEAD by a tenth while the phase in force is the one that the records were stamped in, so that a busy
 hour costs a hundred lines and not one for each batch; an hour with fewer than ten records is exact. The head start ends
 with the phase: a line may be closed once the phase owes the store its records, and what is shipped later must open it
@@ -52,6 +55,7 @@ _FENCED: Final = 0.2  # seconds between two looks at the fence
 _CAMPAIGN_HOURS: Final = 2_000
 _AHEAD: Final = 10  # the count runs ahead by one in so many
 _HOUR_US: Final = 3_600_000_000
+_BEHIND_THE_FENCE: Final = "records owed to it alone wait until this instance has joined the fleet"
 
 
 class Use(Protocol):
@@ -117,6 +121,14 @@ class Kept(msgspec.Struct):
     instance: str = ""  # that began to count: part of the source, whoever goes on with this spool
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why records for a store are not handed to its shipper, and since when (monotonic seconds)."""
+
+    reason: str
+    since: float
+
+
 @dataclass(slots=True)
 class _Count:
     """What one store is not given."""
@@ -149,7 +161,8 @@ class NotOwed:
         self.uses = uses
         self.undecided = undecided
         self.clock = clock
-        self.trouble: dict[StoreName, str] = {}  # by store that is shipped to: why its records wait for a line
+        self.trouble: dict[StoreName, str] = {}  # by store that is shipped to: why no line can be written
+        self.waits: dict[StoreName, Wait] = {}  # likewise: why its records wait, for a line or behind the fence
         self._ledgers = ledgers
         self._instance = instance
         self._deciding = deciding
@@ -164,8 +177,15 @@ class NotOwed:
                     break
                 except StoreError as error:
                     self._report(shipping_to, str(error))
+                    self.wait(shipping_to, f"its records wait for a line in the gap ledger: {error}")
                     await self.clock.sleep(_PAUSE)
         self._report(shipping_to, "")
+        self.waits.pop(shipping_to, None)
+
+    def wait(self, shipping_to: StoreName, reason: str) -> None:
+        """Note why the store's records wait now; since when, where they have waited already, stays."""
+        before = self.waits.get(shipping_to)
+        self.waits[shipping_to] = Wait(reason, self.clock.monotonic() if before is None else before.since)
 
     async def republish(self, policy: Policy) -> None:
         """Copy this instance's lines to the ledger that the phase's gates ask. Raises StoreError."""
@@ -304,6 +324,7 @@ class _Cursor:
                 held.release(held.left)
                 raise
             held.release(held.left)
+            self._not_owed.wait(self._store, _BEHIND_THE_FENCE)
             await self._not_owed.clock.sleep(_FENCED)
 
     def settle(self, frame: Frame, leftovers: Sequence[Leftover] = ()) -> None:

@@ -35,6 +35,7 @@ class State(StrEnum):
     DOWN = "down"  # transient trouble: backing off
     BLOCKED = "blocked"  # nothing gets through until somebody mends it: probing
     PAUSED = "paused"  # by an operator
+    WAITING = "waiting"  # not asked: what its records need first does not come (``sidecar.not_owed``); no pace says so
 
 
 _FIRST_RATE: Final = 500.0  # records/s after an outage when no steady rate is known yet

@@ -208,7 +208,7 @@ ROWS: Final[tuple[Row, ...]] = (
             ),
             Panel(
                 "State of each store",
-                "Pods by the state of their delivery: up, throttled, down, blocked, paused.",
+                "Pods by the state of their delivery: up, throttled, down, blocked, paused, waiting.",
                 (Query(_gauge("sidecar_store_state", "store, state") + " > 0", "{{store}} {{state}}"),),
             ),
             Panel(

@@ -2,17 +2,19 @@
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from sidecar.app.parts import LedgeredStore
 from sidecar.clock import Clock
 from sidecar.dead_letter import DeadLetters
 from sidecar.metrics import Metrics
+from sidecar.not_owed import Wait
 from sidecar.phase import DYNAMODB, POSTGRES, STORES, StoreName
+from sidecar.retry import State
 from sidecar.settings import Settings
 from sidecar.settings import Spool as SpoolSettings
-from sidecar.shipper import WINDOW_BYTES, Shipper, SpoolPort
+from sidecar.shipper import WINDOW_BYTES, Shipper, ShipperStatus, SpoolPort
 from sidecar.spool import Spool
 from sidecar.steering import Steering
 from sidecar.stores.base import Store
@@ -71,3 +73,11 @@ def build_delivery(
         for name, store in stores.items()
     }
     return Delivery(letters, shippers, Steering(spool, STORES, shippers, clock))
+
+
+def standing(shipper: Shipper, wait: Wait | None, clock: Clock) -> ShipperStatus:
+    """What delivery is doing, where its records may wait before the shipper is handed any: that is not ``up``."""
+    status = shipper.status()
+    if wait is None or status.state not in (State.UP, State.THROTTLED):
+        return status
+    return replace(status, state=State.WAITING, reason=wait.reason, since_seconds=clock.monotonic() - wait.since)

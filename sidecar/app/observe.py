@@ -10,7 +10,7 @@ from sidecar.metrics import Metrics, Row
 from sidecar.overflow import Overflow
 from sidecar.phase import Phase
 from sidecar.retry import State
-from sidecar.shipper import Shipper
+from sidecar.shipper import Shipper, ShipperStatus
 from sidecar.spool import Counters, Spool
 
 _COUNTERS = (
@@ -53,13 +53,15 @@ def observe_spool(metrics: Metrics, spool: Spool, stores: Sequence[str], clock: 
     metrics.observe("dedup_ids", lambda: [((), float(state().dedup_ids))])
 
 
-def observe_delivery(metrics: Metrics, shippers: Mapping[str, Shipper]) -> None:
-    """What each shipper is doing."""
+def observe_delivery(
+    metrics: Metrics, shippers: Mapping[str, Shipper], standings: Callable[[], Mapping[str, ShipperStatus]]
+) -> None:
+    """What each shipper is doing; ``standings`` by store, see ``delivery.standing``."""
     metrics.observe(
         "store_state",
         lambda: [
-            ((name, state.value), float(shipper.status().state is state))
-            for name, shipper in shippers.items()
+            ((name, state.value), float(status.state is state))
+            for name, status in standings().items()
             for state in State
         ],
     )
@@ -97,12 +99,12 @@ def observe_phase(
     metrics.observe("phase_epoch", lambda: [((), float(epoch()))])
 
 
-def delivery_status(spool: Spool, shippers: Mapping[str, Shipper], clock: Clock) -> dict[str, object]:
+def delivery_status(spool: Spool, standings: Mapping[str, ShipperStatus], clock: Clock) -> dict[str, object]:
     """The part of ``/status`` about the stores."""
     now_us = clock.now_us()
     stores: dict[str, object] = {}
-    for name, shipper in shippers.items():
-        status = asdict(shipper.status())
+    for name, standing in standings.items():
+        status = asdict(standing)
         if math.isinf(status["rate_limit"]):
             status["rate_limit"] = None
         account: Counters = spool.counters(name)

@@ -8,6 +8,7 @@ from sidecar.clock import Clock
 from sidecar.errors import Busy
 from sidecar.fleet_tables import KeepsFleet
 from sidecar.gaps import KeepsGaps
+from sidecar.not_owed import Wait
 from sidecar.phase import Policy, StoreName
 from sidecar.retry import State
 from sidecar.settings import Settings
@@ -46,12 +47,15 @@ class FailClosed:
         self,
         settings: Callable[[], Settings],
         policy: Callable[[], Policy],
-        shippers: Callable[[], dict[str, Shipper]],
+        shippers: Mapping[str, Shipper],
+        waits: Mapping[StoreName, Wait],
         clock: Clock,
     ) -> None:
+        """``waits``: records that no shipper was handed yet (``NotOwed.waits``); such a store takes nothing either."""
         self._settings = settings
         self._policy = policy
         self._shippers = shippers
+        self._waits = waits
         self._clock = clock
 
     def __call__(self) -> Busy | None:
@@ -61,7 +65,9 @@ class FailClosed:
             return None
         now = self._clock.monotonic()
         for name in self._policy().owed:
-            if self._shippers()[name].pace.down_for(now) > settings.fail_closed_after:
+            wait = self._waits.get(name)
+            waited = 0.0 if wait is None else now - wait.since
+            if max(waited, self._shippers[name].pace.down_for(now)) > settings.fail_closed_after:
                 return Busy(
                     "fail_closed",
                     f"{name} has taken nothing for more than {settings.fail_closed_after:g} s and"

@@ -36,7 +36,7 @@ from sidecar.api.tokens import TokenFile
 from sidecar.app import observe
 from sidecar.app.adopted import AdoptedTable
 from sidecar.app.consistency import ConsistencyService
-from sidecar.app.delivery import build_delivery, build_stores
+from sidecar.app.delivery import build_delivery, build_stores, standing
 from sidecar.app.evidence import build_evidence
 from sidecar.app.parts import FailClosed, PendingIn, ShadowTrouble
 from sidecar.app.phase_wiring import Asked, Phased, open_phase
@@ -57,7 +57,7 @@ from sidecar.reload import Change, Watcher, subpath_warning
 from sidecar.retry import State
 from sidecar.screening import Minter
 from sidecar.settings import MIB
-from sidecar.shipper import Shipper
+from sidecar.shipper import Shipper, ShipperStatus
 from sidecar.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,6 @@ class _Sidecar:
         self._metrics = Metrics(CollectorRegistry())
         self._stores = build_stores(loaded.settings, clock)
         self._shippers: dict[str, Shipper] = {}
-        self._closed = FailClosed(lambda: self._settings, lambda: self._phase.policy, lambda: self._shippers, clock)
         self._tasks: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
         self._failure: SpoolFailed | None = None
@@ -114,6 +113,7 @@ class _Sidecar:
         self._spool: Spool
         self._phased: Phased
         self._phase: InForce
+        self._closed: FailClosed
         self._overflow: Overflow
         self._intake: Intake
         self._reads: Reads
@@ -231,17 +231,19 @@ class _Sidecar:
         )
         self._shippers.update(self._delivery.shippers)
         self._delivery.steering.restore()
+        waits, policy = self._phased.not_owed.waits, lambda: self._phase.policy
+        self._closed = FailClosed(lambda: self._settings, policy, self._shippers, waits, self._clock)
         self._overflow = Overflow(
             self._spool,
             ledgers={name: store.gap_ledger for name, store in self._stores.items()},
-            policy=lambda: self._phase.policy,
+            policy=policy,
             releasable=lambda: self._phase.releasable,
-            delivering=lambda name: self._shippers[name].status().state in (State.UP, State.THROTTLED),
+            delivering=lambda name: self._standings()[name].state in (State.UP, State.THROTTLED),
             options=self._settings.spool,
             instance=self._instance(),
             clock=self._clock,
         )
-        observe.observe_delivery(self._metrics, self._shippers)
+        observe.observe_delivery(self._metrics, self._shippers, self._standings)
         observe.observe_pushback(self._metrics, self._spool, self._closed)
         observe.observe_gaps(self._metrics, self._overflow)
 
@@ -374,13 +376,18 @@ class _Sidecar:
     def _instance(self) -> str:
         return self._settings.instance or os.environ.get("HOSTNAME") or socket.gethostname()
 
+    def _standings(self) -> dict[str, ShipperStatus]:
+        """What delivery to each store is doing."""
+        waits = self._phased.not_owed.waits
+        return {name: standing(self._shippers[name], waits.get(name), self._clock) for name in STORES}
+
     def _health(self) -> Mapping[str, object]:
         if not self._ready:
             return {"ready": False, "reasons": self._readiness().reasons}
         return {
             "ready": True,
             "phase": self._phase.policy.phase.label,
-            "stores": {name: shipper.status().state.value for name, shipper in self._shippers.items()},
+            "stores": {name: status.state.value for name, status in self._standings().items()},
             "pending": {name: self._spool.counters(name).pending for name in STORES},
             "accepting": self._spool.state().accepting,
         }
@@ -390,7 +397,7 @@ class _Sidecar:
         return {
             "instance": self._instance(),
             "phase": {**self._phase.status(), "gap_ledger_trouble": self._phased.not_owed.trouble},
-            "stores": observe.delivery_status(self._spool, self._shippers, self._clock),
+            "stores": observe.delivery_status(self._spool, self._standings(), self._clock),
             "orders": self._delivery.steering.status(),
             "spool": observe.spool_status(self._spool),
             "gaps": observe.gaps_status(self._overflow),

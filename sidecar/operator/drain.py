@@ -28,7 +28,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from sidecar import jsonlog
-from sidecar.app.delivery import Delivery, build_delivery, build_stores
+from sidecar.app.delivery import Delivery, build_delivery, build_stores, standing
 from sidecar.app.phases import Steady
 from sidecar.app.supervise import keep_running
 from sidecar.clock import Clock, SystemClock
@@ -86,7 +86,7 @@ class _Drain:
         self._clock = clock
         self._stores = build_stores(settings, clock)
         self._metrics = Metrics(CollectorRegistry())
-        not_owed = NotOwed(
+        self._not_owed = NotOwed(
             spool,
             ledgers={name: store.gap_ledger for name, store in self._stores.items()},
             uses=lambda: nullcontext(Steady(_ANY)),
@@ -96,7 +96,7 @@ class _Drain:
             deciding=lambda _policy: (),
         )
         self._delivery: Delivery = build_delivery(
-            self._stores, spool, lambda: settings, clock=clock, metrics=self._metrics, source=Accounted(not_owed)
+            self._stores, spool, lambda: settings, clock=clock, metrics=self._metrics, source=Accounted(self._not_owed)
         )
         self._progress = Progress("delivered")
         self._stopped: int | None = None
@@ -148,7 +148,8 @@ class _Drain:
             await self._clock.sleep(_POLL)
 
     def _trouble(self) -> str:
-        found = {name: shipper.status() for name, shipper in self._delivery.shippers.items()}
+        waits = self._not_owed.waits
+        found = {name: standing(self._delivery.shippers[name], waits.get(name), self._clock) for name in STORES}
         return "; ".join(
             f"{name} {status.state} ({status.reason})"
             for name, status in found.items()

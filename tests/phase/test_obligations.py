@@ -190,9 +190,31 @@ async def test_without_its_line_no_record_is_handed_out(stand):
             await asyncio.sleep(0)
     assert not taking.done()
     assert stand.not_owed.trouble == {POSTGRES: "postgres: cannot be reached"}
+    assert "gap ledger: postgres: cannot be reached" in stand.not_owed.waits[POSTGRES].reason
     stand.ledgers[POSTGRES].down = False
     assert len((await taking).records) == 3
-    assert stand.not_owed.trouble == {}
+    assert (stand.not_owed.trouble, stand.not_owed.waits) == ({}, {})
+
+
+async def test_a_wait_that_goes_on_for_another_reason_began_when_it_began(stand):
+    """Behind the fence, then for the ledger: told all the time, and since when it was first."""
+    await stand.accept(1)
+    stand.policy = None
+    stand.ledgers[POSTGRES].down = True
+    taking = asyncio.create_task(stand.take())
+    async with asyncio.timeout(10):
+        while not stand.not_owed.waits:
+            await asyncio.sleep(0)
+        first = stand.not_owed.waits[POSTGRES]
+        assert "joined the fleet" in first.reason
+        stand.policy = TABLE[Phase.SQL_ONLY]
+        while not stand.not_owed.trouble:
+            await asyncio.sleep(0)
+    assert stand.not_owed.waits[POSTGRES].since == first.since
+    assert "gap ledger" in stand.not_owed.waits[POSTGRES].reason
+    stand.ledgers[POSTGRES].down = False
+    await taking
+    assert stand.not_owed.waits == {}
 
 
 async def test_what_every_store_is_owed_needs_no_line_and_no_use(stand):

@@ -247,3 +247,45 @@ async def test_fail_closed_answers_503_while_an_owed_store_is_down_and_is_switch
     await eventually(lambda: answers(202), what="open because the store is up")
     await sidecar.drained()
     assert (await stand.in_postgres()).keys() == set(acked)
+
+
+async def test_a_store_whose_records_wait_for_the_gap_ledger_is_not_called_up(stand, http):
+    """The ledger beside its table is gone: ``waiting`` and why, wherever a state is told; fail-closed counts it."""
+    admin = await connect(stand.postgres)
+    sidecar = await stand.sidecar(phase="sql_only", fail_closed_after="100ms").start()
+
+    async def state() -> str:
+        return (await sidecar.json("/status"))["stores"]["postgres"]["state"]
+
+    try:
+        assert await state() == "up"
+        await admin.execute("ALTER TABLE integration_logs_gaps RENAME TO moved")
+        assert (await offer(http, sidecar, batch(1, size=1)))[0] == 202
+
+        async def waits() -> bool:
+            return await state() == "waiting"
+
+        await eventually(waits, what="waiting")
+        shown = (await sidecar.json("/status"))["stores"]["postgres"]
+        assert "wait for a line in the gap ledger" in shown["reason"]
+        assert "the table is missing [42P01]" in shown["reason"]
+        assert shown["account"]["pending"] == 1
+        metrics = await sidecar.metrics()
+        assert metrics['sidecar_store_state{state="waiting",store="postgres"}'] == 1
+        assert metrics['sidecar_store_state{state="up",store="postgres"}'] == 0
+        assert (await sidecar.json("/healthz", ops=True))["stores"] == {"postgres": "waiting", "dynamodb": "up"}
+        sidecar.configure(continue_on_write_failure=False)
+
+        async def closed() -> bool:
+            return (await sidecar.metrics())[PUSHED.format("fail_closed")] == 1
+
+        await eventually(closed, what="closed")
+        assert (await offer(http, sidecar, batch(1, size=1)))[0] == 503
+        await admin.execute("ALTER TABLE moved RENAME TO integration_logs_gaps")
+        await sidecar.drained()
+        assert await state() == "up"
+        assert (await offer(http, sidecar, batch(1, size=1)))[0] == 202
+        await sidecar.drained()
+        assert len(await stand.in_postgres()) == 2
+    finally:
+        await admin.close()

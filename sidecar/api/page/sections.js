@@ -9,7 +9,7 @@ const PHASES = [
   ["dual_write_read_dynamo", "requires both, reads DynamoDB"],
   ["dynamo_only", "writes and reads DynamoDB"],
 ];
-const STATES = { up: "good", throttled: "warn", down: "bad", blocked: "bad", paused: "warn" };
+const STATES = { up: "good", throttled: "warn", down: "bad", blocked: "bad", waiting: "bad", paused: "warn" };
 const LINES = 20; // of the history
 const PRESENCES = { live: "good", silent: "warn", gone: "bad", drained: "idle" };
 
@@ -251,7 +251,9 @@ export function attention(status, lost, failed, forced = null) {
     }
     if (now.fleet?.fenced) add("bad", "This instance is fenced: it accepts records and refuses reads until it has read the fleet's record again.");
     for (const [store, text] of Object.entries(now.fleet?.trouble || {})) add("warn", `The fleet's tables in ${store}: ${text}.`);
-    for (const [store, text] of Object.entries(now.gap_ledger_trouble || {})) add("warn", `Records for ${store} wait for a line in the gap ledger: ${text}.`);
+    for (const [store, text] of Object.entries(now.gap_ledger_trouble || {})) {
+      if (status.stores[store]?.state !== "waiting") add("warn", `Records for ${store} wait for a line in the gap ledger: ${text}.`);
+    }
     const holds = now.fleet?.holds || (now.hold ? [now.hold] : []);
     const step = `The step from ${now.applied} to ${now.desired} is held by`;
     if (holds.length === 1) add("warn", `${step} ${holds[0].gate}: ${holds[0].observed}; required: ${holds[0].required}.`);

@@ -97,6 +97,23 @@ async def test_it_shows_a_store_going_down_and_coming_back(stand, browser, http)
         assert seen.errors == []
 
 
+async def test_it_says_why_records_wait_for_a_store_that_is_up(stand, browser, http):
+    """The gap ledger beside PostgreSQL's table is gone: red, with the reason, told once; then up again."""
+    sidecar = await stand.sidecar(phase="sql_only").start()
+    async with look(browser, sidecar.url) as seen:
+        await sql(stand, "ALTER TABLE integration_logs_gaps RENAME TO moved")
+        await post(http, sidecar, [{"service_name": "s"}])
+        state = seen.page.locator("#stores tr[data-key=postgres]")
+        await expect(state).to_contain_text("waiting: its records wait for a line in the gap ledger: postgres")
+        await expect(state.locator(".bad")).to_have_count(1)
+        await seen.sees("#problem-list", "postgres is waiting: its records wait for a line in the gap ledger")
+        await expect(seen.page.locator("#problem-list li")).to_have_count(1)
+        await sql(stand, "ALTER TABLE moved RENAME TO integration_logs_gaps")
+        await seen.sees("#announce", "postgres is up")
+        await seen.sees("#problems-none", "Nothing")
+        assert seen.errors == []
+
+
 async def test_it_redrives_a_dead_letter_with_the_token_and_without_its_record(stand, browser, http):
     """By keyboard alone: a wrong token is told, the right one lists and redrives; the trail has it; no payload came."""
     sidecar = await controlled(stand).start()
