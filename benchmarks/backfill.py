@@ -8,13 +8,20 @@
 3. **Back**: PostgreSQL emptied, all of it copied back.
 4. **Validate**: ``sidecar validate --all`` without a bound on its rate, fast (through the index) and deep (every item):
    the same figures, a record being one that both stores hold.
-5. **Beside live traffic**: a sidecar in ``dual_write`` under an open load, alone, then with a backfill at its default
-   rate on the same two stores, then with a validation of everything at its default rate: the answers' p99, and the
-   ratios (to be at most 1.3).
+5. **Beside live traffic**: a sidecar in ``dual_write`` under an open load, alone, then beside each of
+
+   * ``backfill`` and ``validation``: the commands at their default rates, on the same two stores, as a Job does it on a
+     node of its own: not on the sidecar's core,
+   * ``backfill in the pod`` and ``validation in the pod``: the same on the sidecar's core, as ``kubectl exec`` does it,
+   * ``own validation, reading`` and ``own validation, comparing``: by the sidecar itself, as it does every hour, while
+     it reads DynamoDB's index and while it walks through both stores;
+
+   the answers' p99, and the ratios (to be at most 1.3). As in ``cases`` the generator is a real-time process, so that
+   what else needs its core does not show as the sidecar's tail; how late it was all the same stands beside (``lag``).
 
 One JSON object on stdout; progress on stderr. Meant for a quiet machine with two cores: one for what is measured (the
-command in 1 to 4, the sidecar in 5), one for everything else (the command in 5: a Job has a node of its own).
-``--skip beside`` and the like leave parts out where there is no time for all.
+command in 1 to 4, the sidecar in 5), one for everything else. ``--skip beside`` and the like leave parts out where
+there is no time for all.
 """
 
 import argparse
@@ -26,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import uuid
@@ -197,16 +205,20 @@ class Bench:
             "read_units_per_million": round((after["read_units"] - before["read_units"]) * 1e6 / rows),
         }
 
-    def live(self, seconds: float) -> Any:
-        """An open load; the generator's figures."""
-        load = python("-m", "benchmarks.load", "--port", str(self.ports[0]))
+    def live(self, seconds: float) -> dict[str, float]:
+        """An open load: the percentiles of its answers, and how late the generator was, milliseconds."""
+        load = python("-m", "benchmarks.load", "--realtime", "--port", str(self.ports[0]))
         load += ["--rate", str(LIVE_RATE), "--seconds", str(seconds), "--connections", "32"]
         done = subprocess.run(
             ["taskset", "-c", ",".join(map(str, sorted(self.cores.others))), *load],
             stdout=subprocess.PIPE,
             check=True,
         )
-        return json.loads(done.stdout)
+        told = json.loads(done.stdout)
+        refused = {status: n for status, n in told["statuses"].items() if not status.startswith("2")}
+        assert told["complete"], "not every request was answered"
+        assert not refused, refused
+        return {**told["latency_ms"], "generator_lag_p99": told["lag_ms"]["p99"]}
 
 
 def _peak(pid: int) -> float:
@@ -220,42 +232,96 @@ def _peak(pid: int) -> float:
     return 0.0
 
 
+COMMANDS = {
+    "backfill": (b": copy\n", ["backfill", "--from", "postgres", "--to", "dynamodb", "--restart"]),
+    "validation": (b"compared", ["validate", "--all"]),
+}
+"""Name -> what its log says once it is at work, and what stands after ``sidecar``."""
+
+
 def beside(bench: Bench, seconds: float, rounds: int) -> dict[str, Any]:
-    """The p99 of live answers alone, beside a backfill and beside a validation, in turns; the median of each."""
+    """The p99 of live answers alone and beside each of what the module names, in turns; the median of each."""
     serve = python("-m", "sidecar", "serve", "--config", str(bench.config))
     child = Child("sidecar", serve, bench.cores.under_test, bench.directory / "sidecar.log", env=CREDENTIALS)
-    figures: dict[str, list[dict[str, float]]] = {"alone": [], "backfill": [], "validation": []}
-    log = bench.directory / "beside.log"
+    figures: dict[str, list[dict[str, float]]] = {}
     try:
         ready = f"http://127.0.0.1:{bench.ports[1]}/readyz"
         wait_until("ready", lambda: _answers(ready), 60, child, step=0.1)
         bench.live(2.0)
         for _ in range(rounds):
-            figures["alone"].append(bench.live(seconds)["latency_ms"])
-            for name, begun, argv in (
-                ("backfill", b": copy\n", ["backfill", "--from", "postgres", "--to", "dynamodb", "--restart"]),
-                ("validation", b"compared", ["validate", "--all"]),
-            ):
-                log.write_bytes(b"")
-                command = python("-m", "sidecar", *argv, "--config", str(bench.config))
-                job = Child(name, command, bench.cores.others, log, env=CREDENTIALS)
-                wait_until(f"{name} is at work", lambda begun=begun: begun in log.read_bytes(), 600, job)
-                figures[name].append(bench.live(seconds)["latency_ms"])
-                job.stop()
+            figures.setdefault("alone", []).append(bench.live(seconds))
+            for where, cores in (("", bench.cores.others), (" in the pod", bench.cores.under_test)):
+                for name in COMMANDS:
+                    say(f"beside: {name}{where}")
+                    found = _beside_command(bench, name, cores, seconds)
+                    figures.setdefault(f"{name}{where}", []).append(found)
+            say("beside: own validation")
+            for name, found in _beside_own(bench, seconds).items():
+                figures.setdefault(f"own validation, {name}", []).append(found)
     finally:
         child.stop()
-    p99 = {name: statistics.median(each["p99"] for each in found) for name, found in figures.items()}
-    ratios = {name: round(p99[name] / p99["alone"], 2) for name in ("backfill", "validation")}
+    p99, lag = (
+        {name: statistics.median(each[key] for each in found) for name, found in figures.items()}
+        for key in ("p99", "generator_lag_p99")
+    )
+    ratios = {name: round(p99[name] / p99["alone"], 2) for name in p99 if name != "alone"}
     return {
         "live_rate": LIVE_RATE,
         "backfill_rate": DEFAULT_RATE,
         "validation_rate": settings.Validation().rate,
         "p99_ms": p99,
+        "generator_lag_p99_ms": lag,
         "rounds": figures,
         "ratios": ratios,
         "bar": RATIO,
         "reached": max(ratios.values()) <= RATIO,
     }
+
+
+def _beside_command(bench: Bench, name: str, cores: frozenset[int], seconds: float) -> dict[str, float]:
+    """The load while a command is at work on these cores, to its end."""
+    begun, argv = COMMANDS[name]
+    log = bench.directory / "beside.log"
+    log.write_bytes(b"")
+    job = Child(name, python("-m", "sidecar", *argv, "--config", str(bench.config)), cores, log, env=CREDENTIALS)
+    try:
+        wait_until(f"{name} is at work", lambda: begun in log.read_bytes(), 600, job)
+        found = bench.live(seconds)
+        if not job.alive():
+            say(f"{name} ended before the load did: more rows are needed")
+        return found
+    finally:
+        job.stop()
+
+
+def _beside_own(bench: Bench, seconds: float) -> dict[str, dict[str, float]]:
+    """The load while the sidecar itself compares everything, at the rate that it always has, in its two stages."""
+    asked = f"http://127.0.0.1:{bench.ports[0]}/api/migration/validate-consistency?startDate=2000-01-01"
+    told: list[Any] = []
+
+    def ask() -> None:
+        with urllib.request.urlopen(asked, timeout=600) as answer:
+            told.append(json.loads(answer.read()))
+
+    asking = threading.Thread(target=ask)
+    before = bench.stats()["read_units"]
+    asking.start()
+    wait_until("it reads", lambda: bench.stats()["read_units"] > before, 60)
+    found = {"reading": bench.live(seconds)}
+    seen = [-1.0]
+
+    def rests() -> bool:
+        """Whether nothing was read of DynamoDB between two looks: the index has been read."""
+        seen.append(bench.stats()["read_units"])
+        return seen[-1] == seen[-2]
+
+    wait_until("the index is read", rests, 600, step=1.0)
+    if not asking.is_alive():
+        say("the sidecar's own validation ended before the second load: more rows are needed")
+    found["comparing"] = bench.live(seconds)
+    asking.join()
+    assert told, "the sidecar's own validation failed"
+    return found
 
 
 def _answers(url: str) -> bool:
@@ -269,8 +335,8 @@ def _answers(url: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each load beside and without the backfill")
-    parser.add_argument("--rounds", type=int, default=3, help="of both, in turns")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load, beside something and alone")
+    parser.add_argument("--rounds", type=int, default=3, help="of all of them, in turns")
     parser.add_argument("--skip", action="append", default=[], choices=("again", "back", "validate", "beside"))
     arguments = parser.parse_args()
     rows = arguments.rows
@@ -309,7 +375,7 @@ def main() -> None:
             if "beside" not in arguments.skip:
                 say("beside live traffic")
                 # History that DynamoDB lacks again, enough for every round at the default rate.
-                needed = int(DEFAULT_RATE * (arguments.seconds + 10) * arguments.rounds)
+                needed = int(DEFAULT_RATE * (arguments.seconds + 10) * arguments.rounds * 2)
                 asyncio.run(bench.fill(rows, needed, rows))
                 result["beside"] = beside(bench, arguments.seconds, arguments.rounds)
         finally:
