@@ -42,7 +42,7 @@ from sidecar.errors import (
     SpoolRefused,
     StoreError,
 )
-from sidecar.operator import arguments, backfill_arguments, phase_arguments
+from sidecar.operator import arguments, backfill_arguments, phase_arguments, priority
 from sidecar.operator.validate_arguments import for_repair, for_validate
 
 EXIT_CODES: Final[Mapping[type[SidecarError], int]] = MappingProxyType(
@@ -146,18 +146,22 @@ def _store(args: argparse.Namespace) -> int:
 
 
 def _backfill(args: argparse.Namespace) -> int:
+    if args.action == "run":
+        priority.take(args.priority)
     from sidecar.operator import backfill  # noqa: PLC0415
 
     return _run(backfill.run(args))
 
 
 def _validate(args: argparse.Namespace) -> int:
+    priority.take(args.priority)
     from sidecar.operator import validate  # noqa: PLC0415
 
     return _run(validate.validate(args))
 
 
 def _repair(args: argparse.Namespace) -> int:
+    priority.take(args.priority)
     from sidecar.operator import validate  # noqa: PLC0415
 
     return _run(validate.repair(args))

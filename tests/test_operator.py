@@ -5,8 +5,11 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import uuid
 from pathlib import Path
@@ -15,7 +18,8 @@ import pytest
 
 from sidecar import __main__ as cli
 from sidecar.clock import SystemClock
-from sidecar.errors import BadRequest, Busy, Forbidden, SidecarUnreachable, SpoolRefused, Unauthorized
+from sidecar.errors import BadRequest, Busy, ConfigError, Forbidden, SidecarUnreachable, SpoolRefused, Unauthorized
+from sidecar.operator import priority
 from sidecar.operator.access import Stopped
 from sidecar.operator.client import Address, Client
 from sidecar.operator.progress import Progress, duration
@@ -25,6 +29,7 @@ from sidecar.settings import Dedup, Secret, Settings
 from sidecar.settings import Spool as SpoolSettings
 from sidecar.spool import Leftover, Obligation, Spool
 
+ROOT = Path(__file__).resolve().parents[1]
 SECRET = "payload-canary-5ecret"
 BOTH = Obligation(2, frozenset(STORES))
 
@@ -505,3 +510,52 @@ def test_a_missing_spool_is_refused_by_name():
     """From the part itself."""
     with pytest.raises(SpoolRefused, match="check the path"):
         Stopped(Path("/nonexistent"), Settings()).redrive(None, "x")  # type: ignore[arg-type]
+
+
+# --- priority --------------------------------------------------------------------------------------------------------
+
+
+def scheduled(before: str, word: str) -> list[int]:
+    """Policy and niceness of a new process, and the policy of a thread that it starts, after ``take(word)``."""
+    code = f"""
+import os, threading
+from sidecar.operator.priority import take
+{before}
+take({word!r})
+seen = []
+thread = threading.Thread(target=lambda: seen.append(os.sched_getscheduler(0)))
+thread.start(); thread.join()
+print(os.sched_getscheduler(0), os.nice(0), *seen)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [int(part) for part in done.stdout.split()]
+
+
+def test_long_work_is_idle_work_and_so_are_its_threads():
+    """By the kernel's own word; ``normal`` changes nothing."""
+    assert scheduled("", "low") == [os.SCHED_IDLE, 19, os.SCHED_IDLE]
+    assert scheduled("", "normal") == [os.SCHED_OTHER, os.nice(0), os.SCHED_OTHER]
+
+
+def test_where_no_idle_class_is_allowed_the_lowest_niceness_is_left():
+    """A profile of a container may refuse the call; the work is done all the same."""
+    refused = "def no(*_): raise PermissionError\nos.sched_setscheduler = no"
+    assert scheduled(refused, "low") == [os.SCHED_OTHER, 19, os.SCHED_OTHER]
+
+
+@pytest.mark.parametrize("word", ["low", "normal"])
+@pytest.mark.parametrize("verb", ["backfill", "validate", "repair"])
+def test_every_long_command_takes_its_priority_before_anything_else(verb, word, monkeypatch, capsys):
+    """Before drivers are imported and threads are started; a command that only looks keeps its own."""
+    taken = []
+
+    def take(given):
+        taken.append(given)
+        raise ConfigError("here", seen="it ends", allowed="nothing more")
+
+    monkeypatch.setattr(priority, "take", take)
+    assert cli.main([verb, *(["--priority", "normal"] if word == "normal" else [])]) == 2
+    assert taken == [word]
+    assert cli.main(["backfill", "status", "--config", "/nonexistent"]) == 2
+    assert taken == [word]
+    capsys.readouterr()

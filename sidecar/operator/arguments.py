@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from sidecar.config import DEFAULT_PATH
+from sidecar.operator.priority import PRIORITIES
 
 _STORES: Final = ("postgres", "dynamodb")
 
@@ -17,6 +18,17 @@ def with_config(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         default=os.environ.get("SIDECAR_CONFIG") or DEFAULT_PATH,
         help="configuration file; default: $SIDECAR_CONFIG or " + DEFAULT_PATH,
+    )
+
+
+def with_priority(parser: argparse.ArgumentParser) -> None:
+    """--priority, as every verb that works for long beside a sidecar has it."""
+    parser.add_argument(
+        "--priority",
+        choices=PRIORITIES,
+        default=PRIORITIES[0],
+        help="low: only the CPU time that nobody beside it wants, for a live sidecar's sake; normal: as any process;"
+        " default: low",
     )
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Final
 
-from sidecar.operator.arguments import with_config
+from sidecar.operator.arguments import with_config, with_priority
 
 DEFAULT_RATE: Final = 1_000.0
 _STORES: Final = ("postgres", "dynamodb")
@@ -47,6 +47,7 @@ def for_backfill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", metavar="HOST:PORT", help="listen there for /metrics")
     parser.add_argument("--json", action="store_true", help="the outcome as one JSON object")
     parser.add_argument("--why", metavar="TEXT", default="", help="shown to whoever asks why it is paused")
+    with_priority(parser)
 
 
 def for_clear(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sidecar.operator.arguments import with_config
+from sidecar.operator.arguments import with_config, with_priority
 
 
 def _window(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def _window(parser: argparse.ArgumentParser) -> None:
         "--url", metavar="URL", help="the sidecar that is asked what it still owes; default: listen.app"
     )
     parser.add_argument("--token-file", metavar="PATH", help="control token for that; default: control.token_file")
+    with_priority(parser)
 
 
 def for_validate(parser: argparse.ArgumentParser) -> None:
