@@ -179,13 +179,16 @@ class Pages:
         return await self._count("Scan", body)
 
     async def scan(
-        self, stretch: Span, segment: int, after: Key | None, *, whole: bool = False
+        self, stretch: Span, segment: int, after: Key | None, *, whole: bool = False, limit: int | None = None
     ) -> tuple[list[IndexEntry], Key | None, int]:
         """One page of one segment of the service index: times, ids and digests; how many entries were looked at.
 
-        ``whole``: with hash key and the table's key, and an entry of any writer. It costs no more units.
+        ``whole``: with hash key and the table's key, and an entry of any writer. It costs no more units. ``limit``: how
+        many entries are looked at; else 1 MB of them.
         """
         body = self._scan(stretch, segment)
+        if limit is not None:
+            body["Limit"] = limit
         body["ProjectionExpression"] = "gt, h, gs, log_id" if whole else "gt, h"
         if after is not None:
             body["ExclusiveStartKey"] = after

@@ -77,6 +77,8 @@ from sidecar.stores.dynamodb_shards import Schedule, ShardSchedule
 from sidecar.stores.external_sort import CHUNK_ENTRIES, Sorter
 
 STREAM_BYTES: Final = 4 * 1024 * 1024  # of the bodies of one page of a stream, about
+_PACED_PAGE: Final = 500  # entries asked for at once where the rate is bounded: small and often, and quickly decoded
+_BEHIND: Final = 0.1  # seconds of its rate that a reading which was held up may catch up at once
 _SAMPLED_DAYS: Final = 32
 _MOST_SERVICES: Final = 65_536  # hash keys whose parts are remembered
 
@@ -269,7 +271,8 @@ class Enumeration:
     async def _read_segment(self, sorter: Sorter, stretch: Span, segment: int, choice: "_Choice") -> None:
         after: Key | None = None
         while True:
-            entries, after, scanned = await self._pages.scan(stretch, segment, after, whole=choice.whole)
+            limit = _PACED_PAGE if self.rate > 0 else None
+            entries, after, scanned = await self._pages.scan(stretch, segment, after, whole=choice.whole, limit=limit)
             await sorter.add(choice.packed(entries))
             await self._wait(scanned)
             if after is None:
@@ -279,7 +282,7 @@ class Enumeration:
         """For as long as this page came too early."""
         if self.rate > 0:
             now = self._clock.monotonic()
-            self._due = max(self._due, now - 1.0) + scanned / self.rate
+            self._due = max(self._due, now - _BEHIND) + scanned / self.rate
             if self._due > now:
                 await self._clock.sleep(self._due - now)
 

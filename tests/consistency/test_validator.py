@@ -284,6 +284,53 @@ async def test_thousands_of_differences_are_all_counted_and_never_all_in_memory(
     assert (len(told["examples"]), told["examples_cut"], told["differences"]) == (100, True, 4_000)
 
 
+@pytest.mark.parametrize("rate", [0, 10_000])
+async def test_a_comparison_lets_others_have_the_event_loop_every_few_entries(rate):
+    """It runs in a live sidecar: whoever waits for an answer waits for a step, not for a page of a store."""
+    stand = ConsistencyStand()
+    await stand.write([record(n, log_timestamp=BASE + n) for n in range(3_000)])
+    taken = 0
+
+    def counting(scan):
+        async def counted(*arguments, **options):
+            nonlocal taken
+            async for entry in scan(*arguments, **options):
+                taken += 1
+                yield entry
+
+        return counted
+
+    for name in STORES:
+        stand.stores[name].scan = counting(stand.stores[name].scan)
+    steps = []
+
+    async def other():
+        while True:
+            before = taken
+            await asyncio.sleep(0)
+            steps.append(taken - before)
+
+    waiting = asyncio.create_task(other())
+    assert (await stand.run(rate=rate)).matched == 3_000
+    waiting.cancel()
+    assert sum(steps) > 5_000
+    assert max(steps) <= module._STEP + 4
+
+
+async def test_a_rate_is_kept_evenly_and_what_was_missed_is_not_made_up_for_in_a_burst():
+    """After a minute in which a store gave nothing: a tenth of a second's worth at once, then the rate."""
+    stand = ConsistencyStand()
+    pace = module._Pace(1_000, stand.clock)
+    stand.clock.slept += 60.0
+    waits = []
+    for _ in range(10):
+        before = stand.clock.slept
+        await pace.took(50)
+        waits.append(stand.clock.slept - before)
+    assert waits[0] == 0
+    assert 0.3 < sum(waits) <= 0.4
+
+
 # --- records in motion -----------------------------------------------------------------------------------------------
 
 

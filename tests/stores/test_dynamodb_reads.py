@@ -361,6 +361,31 @@ async def test_a_rate_bounds_the_entries_that_are_read(dynamodb_store: DynamoDBS
     assert slept == []
 
 
+async def test_where_a_rate_bounds_it_the_index_is_read_in_small_pages(
+    dynamodb_store: DynamoDBStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more than so many entries in one call, and the same answer; without a rate a call takes what fits."""
+    monkeypatch.setattr(dynamodb_scan, "_PACED_PAGE", 7)
+    batch = spread(3, 100)
+    await store_all(dynamodb_store, batch)
+    pages: list[int] = []
+    scan = dynamodb_store._pages.scan
+
+    async def noted(*arguments: Any, **options: Any) -> Any:
+        page = await scan(*arguments, **options)
+        pages.append(page[2])
+        return page
+
+    monkeypatch.setattr(dynamodb_store._pages, "scan", noted)
+    end = max(r.log_timestamp for r in batch) + 1
+    for rate in (100_000.0, 0.0):
+        pages.clear()
+        dynamodb_store.pace(rate)
+        assert [entry async for entry in dynamodb_store.scan(0, end)] == entries(batch)
+        assert sum(pages) == len(batch)
+        assert (max(pages) <= 7) is (rate > 0)
+
+
 async def test_a_scan_that_cannot_write_its_files_is_a_store_error(
     dynamodb_store: DynamoDBStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
