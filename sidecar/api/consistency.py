@@ -5,7 +5,7 @@
     GET  /api/migration/validate-consistency   ?startDate= &endDate= &deep= &examples= &reveal=   compare a window now
     GET  /api/migration/validation                                                    what is known: runs and days
     POST /api/migration/validation/stop        {"reason"}                             stop what this sidecar compares
-    POST /api/migration/repair                 {"startDate", "endDate", "reason", "dry_run", "overwrite"}
+    POST /api/migration/repair                 {"startDate", "endDate", "reason", "deep", "dry_run", "overwrite"}
     POST /api/control/whereabouts              {"log_ids"}                            what this sidecar knows of records
 
 The window is start <= log_timestamp <= end; without dates the last 24 hours; a date without an offset is UTC (the
@@ -65,6 +65,7 @@ class Wanted:
     """A repair that was asked for."""
 
     window: Window
+    deep: bool
     dry_run: bool
     overwrite: bool
     by: str
@@ -111,6 +112,7 @@ class _Repair(msgspec.Struct, forbid_unknown_fields=True):
     reason: str
     startDate: str | None = None  # noqa: N815  (the specification's spelling, as in the query)
     endDate: str | None = None  # noqa: N815  (as above)
+    deep: bool = False
     dry_run: bool = True
     overwrite: bool = False
 
@@ -175,9 +177,14 @@ class Consistency:
         body = await self._body(request, _Repair)
         given = {n: t for n, t in (("startDate", body.startDate), ("endDate", body.endDate)) if t is not None}
         wanted = Wanted(
-            _window(given, self.service.now_us()), body.dry_run, body.overwrite, by=who, why=_why(body.reason)
+            _window(given, self.service.now_us()),
+            deep=body.deep,
+            dry_run=body.dry_run,
+            overwrite=body.overwrite,
+            by=who,
+            why=_why(body.reason),
         )
-        evidence = f"{given} dry_run={body.dry_run} overwrite={body.overwrite}"
+        evidence = f"{given} deep={body.deep} dry_run={body.dry_run} overwrite={body.overwrite}"
         await self.guard.note(who, request, wanted.why, evidence)
         return answer(200, await self.service.repair(wanted), {"Cache-Control": "no-store"})
 

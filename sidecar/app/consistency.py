@@ -292,7 +292,8 @@ class ConsistencyService:
         repair = build_repair(
             self._stores, settings, clock=self._clock, dry_run=wanted.dry_run, overwrite=wanted.overwrite
         )
-        options = Options(rate=settings.validation.rate, by=f"repair by {wanted.by}: {wanted.why}")
+        by = f"repair by {wanted.by}: {wanted.why}"
+        options = Options(deep=wanted.deep, rate=settings.validation.rate, by=by)
         line = await self._alone(self._validator.run(wanted.window, options, found=repair.mend))
         return {"repair": repair.result.document(), "report": document(line)}
 
