@@ -49,6 +49,15 @@ class FleetRecord(msgspec.Struct, frozen=True):
     force: str | None = None  # reason given for overriding red gates, while the wish is not reached
 
 
+class Hold(msgspec.Struct, frozen=True):
+    """Why the fleet is not where it is wished; ``since_us``: since when, as the controller that found it saw it."""
+
+    gate: str
+    observed: str
+    required: str
+    since_us: int = 0
+
+
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """What one process says of itself, one row per (instance, incarnation) and store; the highest ``seq`` is the truth.
 
@@ -74,6 +83,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     dead_letters: dict[StoreName, int] = {}
     open_gaps: dict[StoreName, int] = {}
     shadow: dict[str, int] = {}  # shadow reads since the process started: ``compared``, ``unexplained``
+    holds: tuple[Hold, ...] | None = None  # of who leads, for the others to show; None: this one does not
     at_us: int = 0
 
     @property
@@ -169,6 +179,13 @@ class FleetStore(GapLedger, Protocol):
 
     async def release_lease(self, name: str, holder: str) -> None:
         """Give the lease back if ``holder`` has it, so that the next one need not wait."""
+        ...
+
+    async def leader(self, lease: str) -> Heartbeat | None:
+        """The heartbeat of the process that holds a lease as ``instance/incarnation``; None: nobody, or not known.
+
+        For people to read: it may be that of a moment ago.
+        """
         ...
 
     async def append_audit(self, entry: AuditEntry) -> None:

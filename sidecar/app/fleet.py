@@ -22,7 +22,19 @@ from sidecar.app import observe
 from sidecar.app.parts import SpoolMemory
 from sidecar.app.phases import Chronicle, Task, Use, phase_document
 from sidecar.clock import Clock
-from sidecar.fleet import Controller, FleetMember, Identity, Load, Member, Outlook, Presence, StepGate, Wish, protocol
+from sidecar.fleet import (
+    Controller,
+    FleetMember,
+    Hold,
+    Identity,
+    Load,
+    Member,
+    Outlook,
+    Presence,
+    StepGate,
+    Wish,
+    protocol,
+)
 from sidecar.fleet import Use as FleetUse
 from sidecar.fleet.clock import BootClock
 from sidecar.fleet_tables import FleetRecord, FleetStore
@@ -40,6 +52,8 @@ log = logging.getLogger(__name__)
 _FIRST_EXCHANGE: Final = 3.0  # seconds that a start waits for it
 _FAREWELL: Final = 2.0  # seconds for the last heartbeat
 _SOON: Final = 0.5  # seconds between two ticks while something is moving
+_MOST_TOLD: Final = 10  # reasons in a leader's heartbeat
+_LONGEST_TOLD: Final = 300  # characters of each text
 
 
 MakeGates = Callable[
@@ -107,6 +121,7 @@ class FleetPhase:
             wish=self._wish,
             load=self._load,
             on_applied=self._follow,
+            holds=self._telling,
             interval_s=fleet.heartbeat,
             fence_after_s=fleet.fence_after,
         )
@@ -222,13 +237,14 @@ class FleetPhase:
             **phase_document(self.policy, self.switch),
             "desired": (self.desired or self.policy.phase).label,
             "epoch": 0 if member.applied is None else member.applied.epoch,
-            "hold": outlook.holds[0] if outlook.holds else None,
+            "hold": outlook.told[0] if outlook.told else None,
             "fleet": {
                 "fenced": member.fenced,
                 "claimed_epoch": member.claimed,
                 "leads": outlook.leads,
+                "leader": self._leader(),
                 "record": None if record is None else record_document(record),
-                "holds": outlook.holds,
+                "holds": outlook.told,
                 "instances": states,
                 "trouble": member.trouble,
             },
@@ -318,6 +334,23 @@ class FleetPhase:
     def _since(self) -> int | None:
         record = self.member.applied
         return None if record is None else record.at_us
+
+    def _leader(self) -> str | None:
+        """Who leads, as far as this instance knows."""
+        outlook = self.controller.outlook
+        if outlook.leads:
+            return self.member.identity.instance
+        return None if outlook.leader is None else outlook.leader.instance
+
+    def _telling(self) -> tuple[Hold, ...] | None:
+        """For the heartbeat: what is found here, while this instance leads; cut to what a row may well carry."""
+        outlook = self.controller.outlook
+        if not outlook.leads:
+            return None
+        return tuple(
+            Hold(hold.gate, hold.observed[:_LONGEST_TOLD], hold.required[:_LONGEST_TOLD], hold.since_us)
+            for hold in outlook.holds[:_MOST_TOLD]
+        )
 
     # --- what is said ----------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from sidecar.canary import CanaryOutcome
 from sidecar.clock import Clock
 from sidecar.errors import StoreError
 from sidecar.fleet import Finding, Hold, Member, protocol
-from sidecar.fleet.controller import evidence_of
+from sidecar.fleet.outlook import evidence_of
 from sidecar.fleet_tables import AuditEntry
 from sidecar.gates import Gate, TryCanary
 from sidecar.migration import Desired, Transition
@@ -175,9 +175,9 @@ class FleetControl:
         self._clock = clock
 
     def state(self) -> Mapping[str, object]:
-        """See PhaseControl; who does not lead says what it knows."""
+        """See PhaseControl; who does not lead says what the leader tells."""
         record, outlook = self._phase.record, self._phase.controller.outlook
-        holds = [_held(hold.gate, hold.observed, hold.required, hold.since_us) for hold in outlook.holds]
+        holds = [_held(hold.gate, hold.observed, hold.required, hold.since_us) for hold in outlook.told]
         return {
             **self._phase.status(),
             "history": _newest(self._phase.switch.applied.history[-1:]),
@@ -345,6 +345,7 @@ def _member_document(member: Member) -> dict[str, object]:
         "incarnation": row.incarnation,
         "state": member.presence.value,
         "counts": member.counts,
+        "leads": row.holds is not None and member.counts,
         "phase": None if row.phase is None else row.phase.label,
         "epoch": row.epoch,
         "fenced": row.fenced,

@@ -5,18 +5,19 @@
 * ``census``      who is alive, by the observer's monotonic clock
 * ``member``      one instance: announce, apply, fence
 * ``controller``  tick: look, and do what is due
+* ``outlook``     what such a look found
 * ``memory``      the reference of the port ``sidecar.fleet_tables``, where what is stored is defined, too
 * ``stores``      the port of each real store
 """
 
 from sidecar.fleet.census import Census, Member, Presence
-from sidecar.fleet.controller import Controller, Evidence, Finding, Outlook, StepGate
-from sidecar.fleet.decision import Hold
+from sidecar.fleet.controller import Controller
 from sidecar.fleet.member import FleetMember, Identity, Load, Use, Wish
 from sidecar.fleet.memory import MemoryFleetStore
+from sidecar.fleet.outlook import Evidence, Finding, Outlook, StepGate
 from sidecar.fleet.protocol import Move
 from sidecar.fleet.stores import build_fleet_stores
-from sidecar.fleet_tables import AuditEntry, FateLine, FleetRecord, FleetStore, Heartbeat
+from sidecar.fleet_tables import AuditEntry, FateLine, FleetRecord, FleetStore, Heartbeat, Hold
 from sidecar.gaps import GapLine
 
 __all__ = [

@@ -11,104 +11,31 @@ completed after it, so that no change is ever missing from the trail.
 COST for 1,000 instances at the default interval of 10 s, per store of the phase: 100 heartbeats written per second and
 100 single reads of the record; the leader alone reads the 1,000 heartbeats (about 0.5 KB each) once per tick. In
 DynamoDB: 100 write and 100 read units per second, and about 13 read units per second for the leader; a follower's look
-at the lease is one more read per tick. A step adds two heartbeats per instance.
+at the lease, and at what its holder tells, is two small reads more per tick. A step adds two heartbeats per instance.
 """
 
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from dataclasses import replace
+from typing import Final
 
 import msgspec
 
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, SidecarError, SpoolFailed, StoreError
 from sidecar.fleet import decision, protocol
-from sidecar.fleet.census import Census, Member
-from sidecar.fleet.decision import Decision, Hold, PhaseAuthority, View
+from sidecar.fleet.census import Census
+from sidecar.fleet.decision import Decision, PhaseAuthority, View
 from sidecar.fleet.member import FleetMember, Wish
+from sidecar.fleet.outlook import Evidences, Finding, Outlook, StepGate, evidence_of
 from sidecar.fleet.protocol import Change, Move
-from sidecar.fleet_tables import AuditEntry, FleetRecord, FleetStore, Heartbeat
+from sidecar.fleet_tables import AuditEntry, FleetRecord, FleetStore, Heartbeat, Hold
 from sidecar.phase import STORES, Phase, StoreName
 
 LEASE: Final = "phase-controller"
 PATIENCE: Final = 60.0  # seconds that gates may be red after a preparation before it is given up
 STEPS: Final = 16  # changes at most in one tick: a whole walk, with room; more would be a loop
-
-
-Evidences = tuple[dict[str, str], ...]
-"""Gates with what they found, as the trail keeps them."""
-
-
-class Evidence(Protocol):
-    """What one gate found; any object with these attributes."""
-
-    @property
-    def gate(self) -> str:
-        """Its name."""
-        ...
-
-    @property
-    def ok(self) -> bool:
-        """True: it does not stop the step."""
-        ...
-
-    @property
-    def observed(self) -> str:
-        """What was seen, for people."""
-        ...
-
-    @property
-    def required(self) -> str:
-        """What must be seen."""
-        ...
-
-
-class StepGate(Protocol):
-    """A condition of some steps. ``evaluate`` may raise SidecarError: that is red, with the error as observed."""
-
-    @property
-    def name(self) -> str:
-        """As it is reported, e.g. ``no_open_gap``."""
-        ...
-
-    @property
-    def steps(self) -> frozenset[tuple[Phase, Phase]]:
-        """The steps (from, to) that it guards."""
-        ...
-
-    async def evaluate(self) -> Evidence:
-        """Look now."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One gate's evidence as it is kept and shown."""
-
-    gate: str
-    ok: bool
-    observed: str
-    required: str
-    since_us: int  # wall clock: since when it is like this, as this controller saw it
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What the last tick found: for ``/status``, metrics, and one log line per change of reason."""
-
-    record: FleetRecord | None = None
-    leads: bool = False
-    holds: tuple[Hold, ...] = ()
-    findings: tuple[Finding, ...] = ()  # gates of the step that is due
-    members: Sequence[Member] = ()
-    done: tuple[str, ...] = ()  # changes made by this tick, e.g. "step to dual_write"
-
-    @property
-    def desired(self) -> Phase | None:
-        """The phase that the fleet was told to reach, None before there is a record."""
-        return None if self.record is None else self.record.desired
 
 
 class Controller:
@@ -241,7 +168,7 @@ class Controller:
             return await (self._before_joining(done) if known is None else self._joined(known, done))
         except StoreError as error:
             hold = Hold("authority_reachable", str(error), "the store that decides to answer")
-            return replace(self.outlook, leads=False, holds=self._dated((hold,)), done=tuple(done))
+            return replace(self.outlook, leads=False, leader=None, holds=self._dated((hold,)), done=tuple(done))
 
     async def _before_joining(self, done: list[str]) -> Outlook | None:
         """This instance has read no record: create the first one if there is none anywhere."""
@@ -261,7 +188,7 @@ class Controller:
             return replace(base, holds=self._dated((hold,)))
         store = self._stores[protocol.AUTHORITY[known.phase]]
         if not await store.acquire_lease(LEASE, self._holder, self._lease_s):
-            return base
+            return replace(base, leader=await store.leader(LEASE))
         view = await self._with_members(await self._copies())
         record = protocol.highest(view.copies.values())
         if record is None:
@@ -419,7 +346,7 @@ class Controller:
 
     def _dated(self, holds: Sequence[Hold]) -> tuple[Hold, ...]:
         found = [(h, self._finding(h.gate, False, h.observed, h.required)) for h in holds]
-        return tuple(replace(h, since_us=f.since_us) for h, f in found)
+        return tuple(msgspec.structs.replace(h, since_us=f.since_us) for h, f in found)
 
     def _publish(self, outlook: Outlook) -> Outlook:
         before, self.outlook = self.outlook, outlook
@@ -430,20 +357,6 @@ class Controller:
         if held != {h.gate for h in before.holds} or outlook.record != before.record:
             self._on_change(outlook)
         return outlook
-
-
-def evidence_of(findings: Sequence[Finding]) -> Evidences:
-    """As the trail keeps it."""
-    return tuple(
-        {
-            "gate": f.gate,
-            "ok": str(f.ok).lower(),
-            "observed": f.observed,
-            "required": f.required,
-            "since_us": str(f.since_us),
-        }
-        for f in findings
-    )
 
 
 def _completed(entry: AuditEntry, written: bool, at_us: int) -> AuditEntry:

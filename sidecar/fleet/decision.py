@@ -15,20 +15,10 @@ from sidecar.fleet import protocol
 from sidecar.fleet.census import Member
 from sidecar.fleet.member import Wish
 from sidecar.fleet.protocol import Change, Move
-from sidecar.fleet_tables import FleetRecord
+from sidecar.fleet_tables import FleetRecord, Hold
 from sidecar.phase import STORES, TABLE, Phase, StoreName
 
 PhaseAuthority = Literal["file", "api"]
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """Why the fleet is not where it is wished; ``since_us``: since when (wall clock, filled by the controller)."""
-
-    gate: str
-    observed: str
-    required: str
-    since_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

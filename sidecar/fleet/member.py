@@ -24,7 +24,7 @@ from typing import Final, Self
 from sidecar.clock import Clock
 from sidecar.errors import Busy, SidecarError, SpoolFailed, StoreError
 from sidecar.fleet import protocol
-from sidecar.fleet_tables import NO_EPOCH, FleetRecord, FleetStore, Heartbeat
+from sidecar.fleet_tables import NO_EPOCH, FleetRecord, FleetStore, Heartbeat, Hold
 from sidecar.phase import Phase, Policy, StoreName
 
 SOON: Final = 1.0  # seconds until the next round while a change is being applied
@@ -119,6 +119,7 @@ class FleetMember:
         wish: Callable[[], Wish],
         load: Callable[[], Load] = Load,
         on_applied: Callable[[FleetRecord], Awaitable[None]] = _nothing,
+        holds: Callable[[], tuple[Hold, ...] | None] = lambda: None,
         interval_s: float = 10.0,
         fence_after_s: float = 120.0,
         rng: random.Random | None = None,
@@ -126,7 +127,8 @@ class FleetMember:
         """``on_applied`` is called with the record in force after each change of epoch and each end of a fence.
 
         It makes good what the record demands of the spool (strengthen, resolve), is idempotent, and may raise Busy or
-        StoreError: then it is called again, and the epoch is not claimed before it returned.
+        StoreError: then it is called again, and the epoch is not claimed before it returned. ``holds``: what stops the
+        fleet, from an instance that leads; None from any other.
         """
         self.identity = identity
         self.applied: FleetRecord | None = None
@@ -137,6 +139,7 @@ class FleetMember:
         self._wish = wish
         self._load = load
         self._on_applied = on_applied
+        self._holds = holds
         self._interval = interval_s
         self._fence_after = fence_after_s
         self._rng = rng or random.Random()  # noqa: S311  (spreads rounds over time; no secret)
@@ -281,6 +284,7 @@ class FleetMember:
             dead_letters=load.dead_letters,
             open_gaps=load.open_gaps,
             shadow=load.shadow,
+            holds=None if self._left else self._holds(),
             at_us=self._clock.now_us(),
         )
 

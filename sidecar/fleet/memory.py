@@ -69,6 +69,12 @@ class MemoryFleetStore:
         if held is not None and held[0] == holder:
             del self._leases[name]
 
+    async def leader(self, lease: str) -> Heartbeat | None:
+        """Judge expiry by the clock given."""
+        holder, until = self._leases.get(lease, ("", 0.0))
+        instance, _, incarnation = holder.rpartition("/")
+        return self._heartbeats.get((instance, incarnation)) if self._clock.monotonic() < until else None
+
     async def append_audit(self, entry: AuditEntry) -> None:
         """Keep the first line of each (id, outcome)."""
         self._audits.setdefault((entry.id, entry.outcome), entry)

@@ -43,7 +43,7 @@ def _row(instance: Mapping[str, Any]) -> list[object]:
     ages = instance.get("oldest_pending_age_seconds", {})
     return [
         instance["instance"],
-        instance["state"] + (" (fenced)" if instance.get("fenced") else ""),
+        instance["state"] + (" (fenced)" if instance.get("fenced") else " (leads)" if instance.get("leads") else ""),
         instance["phase"],
         instance["epoch"],
         sum(instance["pending"].values()),

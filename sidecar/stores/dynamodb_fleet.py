@@ -8,7 +8,8 @@
     fates#<id>    ["store","by"]                      revision N                    state, retry_class S, at_us N
 
 Every write is one conditional call on one item: it applies wholly or not at all, and a condition that does not hold is
-an answer, no error. Every read is strongly consistent. ``put_fates`` and ``put_gaps`` are one such call for each line.
+an answer, no error. Every read is strongly consistent, but for what people read (``leader``). ``put_fates`` and
+``put_gaps`` are one such call for each line.
 
 * Nothing is deleted but a heartbeat, and that only as it was last seen: the role needs DeleteItem on
   ``pk = heartbeats`` alone. A lease that is given back has no holder; its ``seq`` goes on growing, so that no two
@@ -137,6 +138,17 @@ class DynamoDBFleet:
         if lease is not None and lease.holder == holder:
             await self._put_lease(name, lease, _NOBODY, 0.0)
 
+    async def leader(self, lease: str) -> Heartbeat | None:
+        """Two reads of one item each, eventually consistent: half a read unit each. A lease that ran out still counts.
+
+        Whose lease ran out is known to who watched it alone; the next holder replaces it.
+        """
+        item = await self._get("leases", lease, consistent=False)
+        holder = "" if item is None else _lease_of(item).holder
+        instance, _, incarnation = holder.rpartition("/")
+        beat = await self._get("heartbeats", _key((instance, incarnation)), consistent=False) if instance else None
+        return None if beat is None else _decoded(beat, Heartbeat)
+
     async def append_audit(self, entry: AuditEntry) -> None:
         """One conditional put."""
         key = f"{entry.epoch:016d}#{entry.id}#{entry.outcome}"
@@ -190,12 +202,7 @@ class DynamoDBFleet:
 
     async def _lease(self, name: str) -> Lease | None:
         item = await self._get("leases", name)
-        if item is None:
-            return None
-        try:
-            return Lease(item["holder"]["S"], int(item["seq"]["N"]), float(item["lasts"]["N"]))
-        except (KeyError, TypeError, ValueError):
-            raise _unreadable() from None
+        return None if item is None else _lease_of(item)
 
     async def _put_lease(self, name: str, seen: Lease | None, holder: str, lasts: float) -> bool:
         values = {"holder": {"S": holder}, "lasts": {"N": str(float(lasts))}}
@@ -229,8 +236,8 @@ class DynamoDBFleet:
             raise
         return True
 
-    async def _get(self, pk: str, sk: str) -> _Item | None:
-        body = {"TableName": self._table, "Key": {"pk": {"S": pk}, "sk": {"S": sk}}, "ConsistentRead": True}
+    async def _get(self, pk: str, sk: str, *, consistent: bool = True) -> _Item | None:
+        body = {"TableName": self._table, "Key": {"pk": {"S": pk}, "sk": {"S": sk}}, "ConsistentRead": consistent}
         return _answer(await self._wire.call("GetItem", _json(body)), _Found).item
 
     async def _query(self, pk: str) -> Sequence[_Item]:
@@ -276,6 +283,13 @@ def _decoded(item: _Item, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(item["document"]["S"], type=kind)
     except (msgspec.DecodeError, KeyError, TypeError):
+        raise _unreadable() from None
+
+
+def _lease_of(item: _Item) -> Lease:
+    try:
+        return Lease(item["holder"]["S"], int(item["seq"]["N"]), float(item["lasts"]["N"]))
+    except (KeyError, TypeError, ValueError):
         raise _unreadable() from None
 
 

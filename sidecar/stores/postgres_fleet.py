@@ -168,6 +168,12 @@ class PostgresFleet:
             "RETURNING 1"
         )
         self._release = f"UPDATE {leases} SET until = 'epoch' WHERE name = $1 AND holder = $2"
+        cut = "strpos(reverse(l.holder), '/')"  # the holder's name is instance/incarnation
+        self._leader = (
+            f"SELECT h.document FROM {leases} l JOIN {heartbeats} h "
+            f"ON h.instance = left(l.holder, -{cut}) AND h.incarnation = right(l.holder, {cut} - 1) "
+            f"WHERE l.name = $1 AND l.until > clock_timestamp() AND {cut} > 1"
+        )
         self._append = (
             f"INSERT INTO {audit} (id, outcome, document) VALUES ($1, $2, $3) ON CONFLICT (id, outcome) DO NOTHING"
         )
@@ -225,6 +231,11 @@ class PostgresFleet:
     async def release_lease(self, name: str, holder: str) -> None:
         """The row stays, as long past."""
         await self._fetch(self._release, name, holder)
+
+    async def leader(self, lease: str) -> Heartbeat | None:
+        """One statement: two rows, each by its key."""
+        rows = await self._fetch(self._leader, lease)
+        return _decoded(rows[0][0], Heartbeat, "heartbeats") if rows else None
 
     async def append_audit(self, entry: AuditEntry) -> None:
         """One statement; the first line of each (id, outcome) stays."""

@@ -41,7 +41,7 @@ class Crew:
     pairs: list[tuple[FleetMember, Controller]] = field(default_factory=list)
 
     def add(self, name: str) -> tuple[FleetMember, Controller]:
-        member = self.fleet.member(name)
+        member = self.fleet.member(name, holds=lambda: controller.outlook.holds if controller.outlook.leads else None)
         controller = Controller(
             member,
             self.fleet.stores,
@@ -328,13 +328,33 @@ async def test_a_store_that_fails_in_the_middle_is_a_hold_and_the_next_tick_goes
     assert crew.phases() == {DUAL}
 
 
-async def test_a_follower_reads_nothing_but_the_lease(crew: Crew) -> None:
-    """A thousand followers cost one small read each per tick."""
+async def test_a_follower_reads_the_lease_and_what_its_holder_tells(crew: Crew) -> None:
+    """A thousand followers cost two small reads each per tick."""
     for store in crew.fleet.stores.values():
         store.calls.clear()
     await crew.follower[1].tick()
-    assert crew.fleet.stores[POSTGRES].calls == ["acquire_lease"]
+    assert crew.fleet.stores[POSTGRES].calls == ["acquire_lease", "leader"]
     assert crew.fleet.stores[DYNAMODB].calls == []
+
+
+async def test_a_follower_tells_who_leads_and_what_holds_the_step_there(crew: Crew) -> None:
+    """The same reasons as the leader's, until they are gone; nothing of one that has resigned."""
+    crew.gates.append(Gate(frozenset({(Phase.SQL_ONLY, DUAL)}), ok=False))
+    crew.fleet.wish = Wish(DUAL)
+    found = await crew.live()
+    member, _ = crew.leader
+    _, follower = crew.follower
+    assert [hold.gate for hold in found.holds] == ["no_open_gap"]
+    assert follower.outlook.holds == ()
+    assert follower.outlook.told == found.holds
+    assert follower.outlook.leader is not None
+    assert follower.outlook.leader.instance == member.identity.instance
+    crew.gates.clear()
+    await crew.live()
+    assert (crew.phases(), follower.outlook.told) == ({DUAL}, ())
+    _, leader = crew.leader
+    await leader.resign()
+    assert await crew.fleet.stores[POSTGRES].leader("phase-controller") is None
 
 
 async def test_a_numbered_wish_moves_on_past_a_dead_instance_with_the_old_configuration(crew: Crew) -> None:

@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import pytest
 
-from sidecar.fleet import AuditEntry, FateLine, FleetRecord, FleetStore, GapLine, Heartbeat, MemoryFleetStore
+from sidecar.fleet import AuditEntry, FateLine, FleetRecord, FleetStore, GapLine, Heartbeat, Hold, MemoryFleetStore
 from sidecar.phase import DYNAMODB, POSTGRES, Phase
 from sidecar.stores.dynamodb import DynamoDBStore
 from sidecar.stores.postgres import PostgresStore
@@ -123,6 +123,22 @@ async def test_a_lease_has_one_holder_until_given_back(store: FleetStore) -> Non
     assert not await store.acquire_lease("x", "b", 30.0)
     await store.release_lease("x", "a")
     assert await store.acquire_lease("x", "b", 30.0)
+
+
+async def test_who_holds_a_lease_is_found_with_its_heartbeat(store: FleetStore) -> None:
+    """By ``instance/incarnation``, whatever is in the instance's name; nobody where nobody is."""
+    beat = Heartbeat(instance="a/b", incarnation="1", seq=1, holds=(Hold("g", "3", "0", 7),))
+    assert await store.leader("x") is None
+    await store.acquire_lease("x", "a/b/1", 30.0)
+    assert await store.leader("x") is None
+    await store.put_heartbeat(Heartbeat(instance="a", incarnation="b/1", seq=1))
+    await store.put_heartbeat(beat)
+    assert await store.leader("x") == beat
+    assert await store.leader("y") is None
+    await store.acquire_lease("y", "no instance", 30.0)
+    assert await store.leader("y") is None
+    await store.release_lease("x", "a/b/1")
+    assert await store.leader("x") is None
 
 
 async def test_the_trail_keeps_every_line_once_newest_first(store: FleetStore) -> None:

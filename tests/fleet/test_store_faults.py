@@ -44,6 +44,7 @@ CALLS: dict[str, Callable[[FleetStore], Awaitable[object]]] = {
     "drop_heartbeat": lambda fleet: fleet.drop_heartbeat(BEAT.key, 1),
     "acquire_lease": lambda fleet: fleet.acquire_lease("x", "a", 30.0),
     "release_lease": lambda fleet: fleet.release_lease("x", "a"),
+    "leader": lambda fleet: fleet.leader("x"),
     "append_audit": lambda fleet: fleet.append_audit(LINE),
     "audits": lambda fleet: fleet.audits(9),
     "put_gaps": lambda fleet: fleet.put_gaps([GAP]),
@@ -318,8 +319,8 @@ class TestPostgres:
 
 USERS = {
     "fleet": {"cas_record"},
-    "heartbeats": {"put_heartbeat", "heartbeats", "drop_heartbeat"},
-    "leases": {"acquire_lease", "release_lease"},
+    "heartbeats": {"put_heartbeat", "heartbeats", "drop_heartbeat", "leader"},
+    "leases": {"acquire_lease", "release_lease", "leader"},
     "audit": {"append_audit", "audits"},
     "fates": {"put_fates", "fates"},
     "gaps": {"put_gaps", "gaps"},

@@ -276,13 +276,28 @@ class Crew:
         seen: list[Any] = []
 
         async def said() -> bool:
-            seen[:] = [(await self.phase(name))["fleet"]["holds"] for name in names or self.pods]
-            return any(hold["gate"] == gate for holds in seen for hold in holds)
+            seen[:] = [(await self.phase(name))["fleet"] for name in names or self.pods]
+            return any(hold["gate"] == gate for each in seen if each["leads"] for hold in each["holds"])
 
         try:
             await eventually(said, seconds=seconds, every=0.1)
         except AssertionError:
             raise AssertionError(f"not held by {gate}: {seen}") from None
+
+    async def told(self, gate: str, *, seconds: float = 20.0) -> None:
+        """Await that every instance, whoever is asked, names the same leader and this reason."""
+        seen: list[Any] = []
+
+        async def said() -> bool:
+            seen[:] = [await self.phase(name) for name in self.pods]
+            gates = [{hold["gate"] for hold in each["fleet"]["holds"]} for each in seen]
+            leaders = {each["fleet"]["leader"] for each in seen}
+            return all(gate in each for each in gates) and len(leaders) == 1 and None not in leaders
+
+        try:
+            await eventually(said, seconds=seconds, every=0.1)
+        except AssertionError:
+            raise AssertionError(f"not everybody tells {gate}: {seen}") from None
 
     # --- what the stores say, read past the sidecars ---------------------------------------------------------------
 

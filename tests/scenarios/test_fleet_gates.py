@@ -23,6 +23,7 @@ async def test_one_store_down_stops_no_step_away_from_it_and_every_step_toward_i
             quick_stand.dynamo.on("*", Reset())
             fleet.swap("dual_write")
             await fleet.held("dynamodb_ready")
+            await fleet.told("dynamodb_ready")
             await fleet.writes()
             assert {(await fleet.phase(name))["applied"] for name in "abc"} == {"sql_only"}
             quick_stand.dynamo.clear()

@@ -50,10 +50,20 @@ function gates(now, migration) {
   }
   fill(byId("gates"), rows);
   const none = byId("gates-none");
-  show(none, rows.length === 0 || migration.state !== "answered");
+  const follows = now.fleet && !now.fleet.leads;
+  show(none, rows.length === 0 || migration.state !== "answered" || follows);
   if (migration.state === "absent") put(none, "Evidence of gates: not enabled in this sidecar; a step that is held names what holds it.");
   else if (migration.state === "failed") put(none, `The gates did not answer: ${migration.error}`);
+  else if (follows) put(none, elsewhere(now.fleet));
   else put(none, "No gate is looked at: no step is due.");
+}
+
+// Of an instance that does not lead: who looks at the gates, and what it says.
+function elsewhere(fleet) {
+  if (fleet.fenced) return "This instance is fenced: it does not know who looks at the gates. Ask another one.";
+  if (!fleet.leader) return "It is not known here who leads the fleet and looks at the gates.";
+  const said = fleet.holds.length ? "this is what it says holds the step" : "it says that nothing holds a step";
+  return `${fleet.leader} leads the fleet and looks at the gates: ${said}.`;
 }
 
 function gateRow(gate, ok) {
@@ -186,6 +196,7 @@ export function fleet(status, answer) {
       ["The record says", own.record ? `${label(own.record.phase)}, epoch ${own.record.epoch}` : "no record seen yet"],
       ["Decided by", own.record?.by],
       ["This instance", own.fenced ? { text: "fenced: it does not know the phase", mark: "bad" } : { text: own.leads ? "leads" : "follows", mark: "good" }],
+      ["Led by", own.leads ? "this instance" : own.leader || "not known here"],
       ["Has applied epoch", own.claimed_epoch],
       ["Instances", counted.join(", ") || "only the one that leads knows"],
     ]);
@@ -206,7 +217,7 @@ function member(one) {
     key: `${one.instance}/${one.incarnation}`,
     cells: [
       one.instance,
-      { text: one.fenced ? `${one.state}, fenced` : one.state, mark: one.fenced ? "warn" : PRESENCES[one.state] || "idle" },
+      { text: one.fenced ? `${one.state}, fenced` : one.leads ? `${one.state}, leads` : one.state, mark: one.fenced ? "warn" : PRESENCES[one.state] || "idle" },
       label(one.phase),
       one.epoch,
       count(total(one.pending)),

@@ -311,13 +311,19 @@ async def test_it_shows_a_fleet_of_two_and_every_gate_with_its_evidence(stand, b
         await seen.sees("#fleet", HOSTILE[:60])
         await expect(seen.page.locator("#fleet tbody tr", has_text="live")).to_have_count(2)
         first.configure(phase="dual_write")
-        await gates_say("configurations_agree")
+        for page in (seen, other):  # also of the one that does not lead
+            await page.sees("#gates", "configurations_agree")
+            await page.sees("#problem-list", "configurations_agree")
+        told = [await page.text("#gates-none") for page in (seen, other)]
+        assert sum("leads the fleet and looks at the gates: this is what it says" in each for each in told) == 1, told
         second.configure(phase="dual_write")
         await seen.sees("#applied", "dual_write")
         await seen.sees("#history tbody tr:first-child", "dual_write")
         for sidecar in (first, second):
             sidecar.configure(phase="dual_write_read_dynamo")
         await gates_say("days_validated", "red", "green")
+        for page in (seen, other):
+            await page.sees("#gates", "days_validated")
         await seen.sees("#desired", "dual_write_read_dynamo")
         await seen.sees("#applied", "dual_write")
         assert await seen.page.evaluate("window.harmed") is None
