@@ -5,8 +5,13 @@
 * the **state** of a store: ``up``, ``throttled``, ``down``, ``blocked``, ``paused``, with a reason and a since,
 * the **back-off** with full jitter while it is down (no attempt limit, no age limit: semantics, section 5),
 * the **in-flight limit**: additive increase, multiplicative decrease (AIMD), and
-* the **rate**: without bound while nothing limits; learnt from the delivered rate when the store throttles; a slow
-  start after an outage, so that a recovering store sees a tenth of the steady rate in the first second at most.
+* the **rate**: without bound while nothing limits; when the store throttles cut by the share that it refused, and then
+  raised, the faster the longer it refuses nothing; a slow start after an outage, so that a recovering store sees a
+  tenth of the steady rate in the first second at most.
+
+A store that refuses a little at any rate (one hot key, a neighbour's burst) must not cost its throughput: a refused
+record is sent again for little, a rate far below what the store takes fills the spool. So a cut is as large as the
+share refused, and what is lost by it comes back within seconds.
 
 Invariants
 ----------
@@ -15,12 +20,14 @@ Invariants
    many calls fail with it), except that a success is always believed.
 3. A throttle never counts as an attempt.
 4. ``permit`` never returns more than the rate allows, and at least one record when it returns anything.
+5. A store that refuses up to a fiftieth of what it is offered, whatever that is, is offered no less for it; one that
+   takes everything is offered a thousand times as much after 20 s.
 """
 
 import math
 import random
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -42,12 +49,19 @@ _FIRST_RATE: Final = 500.0  # records/s after an outage when no steady rate is k
 _PROBE: Final = 25  # records of a probe at most
 _SHORT_OUTAGE: Final = 5.0  # seconds; shorter ones start again at a quarter instead of 1/32
 _GROWTH_PERIOD: Final = 0.5  # seconds per doubling of the slow start
-_THROTTLE_BACK: Final = 0.85  # of the delivered rate when throttled
-_THROTTLE_GROWTH: Final = 0.05  # of the learnt rate per second, while below the knee
+_CUT_MOST: Final = 0.15  # of the rate that gets in; less where less than this share is refused
+_NOT_THE_KNEE: Final = 0.1  # refused shares below it do not end a slow start
+_LIMIT_CUT_MOST: Final = 0.3  # of the calls that may be under way, likewise
+_GROWTH: Final = 0.05  # of the learnt rate per second, right after a throttle
+_FASTER_EVERY: Final = 3.0  # seconds without a throttle, after which it grows twice as fast
+_FASTEST: Final = math.log(2) / _GROWTH_PERIOD  # of the learnt rate per second: that of the slow start
+_CALM: Final = _FASTER_EVERY * math.log2(_FASTEST / _GROWTH)  # seconds until then: 14.4
 _THROTTLE_HOLD: Final = 1.0  # seconds between two cuts: one burst of answers is one event
-_FREE_AFTER: Final = 30.0  # seconds without a throttle, and then the learnt rate grows freely
+_THROTTLED_FOR: Final = 30.0  # seconds after the last throttle in which the state says so
 _WINDOW: Final = 2.0  # seconds over which the delivered rate is measured
-_RECENT: Final = 0.5  # seconds, likewise at the moment of a throttle
+_RECENT: Final = 0.5  # seconds over which the share refused is measured
+_ENOUGH: Final = 50  # records; longer than that where fewer were answered
+_LONGEST: Final = 10.0  # seconds, but no longer than this
 
 
 class Backoff:
@@ -86,17 +100,6 @@ class Throughput:
         # Over the whole window, however young: a first burst is not a steady rate.
         self.steady = max(self._sum / _WINDOW, self.steady * 0.999)
 
-    def recent(self, now: float) -> float | None:
-        """Records per second of the last half second: what a throttled store really took; None: too young to tell."""
-        total = 0
-        if self._events and self._events[0][0] > now - 2 * _RECENT:
-            return None
-        for at, n in reversed(self._events):
-            if at < now - _RECENT:
-                break
-            total += n
-        return total / _RECENT
-
     def rate(self, now: float) -> float:
         """Records per second over the last two seconds."""
         while self._events and self._events[0][0] < now - _WINDOW:
@@ -104,6 +107,50 @@ class Throughput:
         if not self._events:
             return 0.0
         return self._sum / max(now - self._events[0][0], _WINDOW / 4)
+
+
+class Answers:
+    """What the store took and refused lately, since the last cut at most.
+
+    Over half a second, or as long as the last 50 records took: at a low rate one refused record is not everything.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[tuple[float, int, int]] = deque()  # at, taken, refused
+        self._taken = 0
+        self._refused = 0
+
+    def add(self, now: float, taken: int, refused: int) -> None:
+        """Note an answer."""
+        events = self._events
+        events.append((now, taken, refused))
+        self._taken += taken
+        self._refused += refused
+        while len(events) > 1:
+            at, old_taken, old_refused = events[0]
+            rest = self._taken + self._refused - old_taken - old_refused
+            if at >= now - _LONGEST and (at >= now - _RECENT or rest < _ENOUGH):
+                break
+            events.popleft()
+            self._taken -= old_taken
+            self._refused -= old_refused
+
+    def clear(self) -> None:
+        """What comes now is the answer to another rate."""
+        self._events.clear()
+        self._taken = self._refused = 0
+
+    @property
+    def share(self) -> float:
+        """Of what was offered, the share refused; 0.0 where nothing was."""
+        offered = self._taken + self._refused
+        return self._refused / offered if offered else 0.0
+
+    def rate(self, now: float) -> float | None:
+        """Records a second taken; None: too young to tell."""
+        if not self._events or (age := now - self._events[0][0]) < _RECENT:
+            return None
+        return self._taken / age
 
 
 class Rate:
@@ -118,32 +165,39 @@ class Rate:
         self._tokens = 0.0
         self._filled_at = 0.0
         self._last_cut = -math.inf
+        self._throttled_at = -math.inf
 
     @property
     def current(self) -> float:
         """Records per second that may be sent now; ``inf`` where nothing limits."""
         return self._learnt if self.manual is None else min(self._learnt, self.manual)
 
-    def throttled(self, now: float, delivered: float | None) -> None:
-        """The store asked us to slow down while ``delivered`` records/s (last half second, None: unknown) got in."""
-        if now - self._last_cut < (_RECENT if delivered == 0.0 else _THROTTLE_HOLD):
+    def throttled(self, now: float, answers: Answers) -> None:
+        """The store asked us to slow down; ``answers`` has what it took and refused, this answer included."""
+        self._throttled_at = now
+        share = answers.share
+        if now - self._last_cut < (_RECENT if share == 1.0 else _THROTTLE_HOLD):
             return
+        if self._starting and share < _NOT_THE_KNEE:
+            return  # that may happen at any rate: the slow start goes on
         self._last_cut = now
-        if self._learnt < math.inf and delivered == 0.0:
+        if self._learnt == math.inf:
+            taken = answers.rate(now)
+            if not taken:
+                # A first burst taught nothing yet: start low and double until the store says where the knee is.
+                self._begin(now, _FIRST_RATE / 10)
+                answers.clear()
+                return
+            self._learnt = taken
+        elif share == 1.0:
             # Nothing at all gets through: offering half as much would still be a storm of refused calls.
-            self._starting = False
-            self._learnt = max(1.0, min(self._learnt / 4, _FIRST_RATE / 10))
-            self._knee = 2 * self._learnt
-            self._tokens = min(self._tokens, 0.0)
-            return
-        if self._learnt == math.inf and not delivered:
-            # A first burst taught nothing yet: start low and double until the store says where the knee is.
-            self._begin(now, _FIRST_RATE / 10)
-            return
+            self._learnt = min(self._learnt / 4, _FIRST_RATE / 10)
+        else:
+            self._learnt *= max(0.5, 1.0 - share)
+        answers.clear()
         self._starting = False
-        floor = 1.0 if self._learnt == math.inf else self._learnt / 2
-        self._knee = max(floor, min(self._learnt, delivered or 0.0))
-        self._learnt = max(1.0, self._knee * _THROTTLE_BACK)
+        self._knee = max(1.0, self._learnt)
+        self._learnt = max(1.0, self._learnt * (1.0 - min(_CUT_MOST, share)))
         self._tokens = min(self._tokens, 0.0)
 
     def _begin(self, now: float, rate: float) -> None:
@@ -164,13 +218,12 @@ class Rate:
         dt = now - self._filled_at
         if self._learnt == math.inf or dt <= 0:
             return
-        if self._starting or now - self._last_cut > _FREE_AFTER:
-            self._learnt *= 2 ** (min(dt, 1.0) / _GROWTH_PERIOD)
-            if self._learnt > max(4 * delivered, 1e6):
-                self._learnt = math.inf
-                self._starting = False
-        else:
-            self._learnt += _THROTTLE_GROWTH * self._knee * min(dt, 1.0)
+        calm = now - self._throttled_at
+        fast = self._starting or calm >= _CALM
+        self._learnt *= math.exp(min(dt, 1.0) * (_FASTEST if fast else _GROWTH * 2 ** (calm / _FASTER_EVERY)))
+        if fast and self._learnt > max(4 * delivered, 1e6):
+            self._learnt = math.inf
+            self._starting = False
 
     def take(self, now: float, wanted: int, delivered: float) -> int:
         """How many of ``wanted`` records may go now; 0 means wait ``delay``."""
@@ -220,6 +273,7 @@ class Pace:
         self._limit = float(max_in_flight)
         self.rate = Rate(rng)
         self.throughput = Throughput()
+        self._answers = Answers()
         self.in_flight = 0
         self._generation = 0
         self._trouble: State = State.UP
@@ -244,7 +298,7 @@ class Pace:
         """What delivery is doing now."""
         if self.paused_by is not None:
             return State.PAUSED
-        if self._trouble is State.UP and now - self._throttled_at < _FREE_AFTER:
+        if self._trouble is State.UP and now - self._throttled_at < _THROTTLED_FOR:
             return State.THROTTLED
         return self._trouble
 
@@ -289,6 +343,14 @@ class Pace:
         steady = self.throughput.steady
         return _PROBE if steady == 0 else max(1, min(_PROBE, int(steady / 50)))
 
+    def narrowed(self, ticket: Ticket, records: int) -> Ticket:
+        """The ticket for a call that carries only so many records (they are large): the others' share is given back."""
+        if records == ticket.records:
+            return ticket
+        if not ticket.probe:
+            self.rate.give_back(ticket.records - records)
+        return replace(ticket, records=records)
+
     def cancel(self, ticket: Ticket) -> None:
         """The call was not made after all."""
         self.in_flight -= 1
@@ -311,29 +373,35 @@ class Pace:
             self._probing = False
 
     def succeeded(self, ticket: Ticket, delivered: int, now: float) -> None:
-        """The store answered and took ``delivered`` records of the call."""
+        """The store answered and took ``delivered`` records of the call; the others not for want of capacity."""
+        self._took(ticket, delivered, 0, now)
+        if now - self._last_cut > _RECENT:
+            self._limit = min(float(self._max_in_flight), self._limit + 1 / max(1.0, self._limit))
+
+    def throttled(self, ticket: Ticket, delivered: int, reason: str, now: float) -> None:
+        """The store took ``delivered`` records and asked us to slow down."""
+        self._took(ticket, delivered, ticket.records - delivered, now)
+        self._throttled_at = now
+        self.reason = reason
+        if now - self._last_cut >= _THROTTLE_HOLD:
+            self._last_cut = now
+            self._limit = max(1.0, self._limit * (1.0 - min(_LIMIT_CUT_MOST, self._answers.share)))
+        self.rate.throttled(now, self._answers)
+
+    def _took(self, ticket: Ticket, delivered: int, refused: int, now: float) -> None:
         self._ended(ticket)
         if self._trouble is not State.UP:
             outage = now - (self._down_since if self._down_since is not None else now)
             self.rate.recovered(now, self.throughput.steady, outage)
+            self._answers.clear()
             self._limit = max(1.0, self._max_in_flight / 4)
             self._enter(State.UP, "", now)
             self._down_since = None
             self._backoff.reset()
         if delivered:
             self.throughput.add(now, delivered)
-        if now - self._throttled_at > _RECENT:
-            self._limit = min(float(self._max_in_flight), self._limit + 1 / max(1.0, self._limit))
-
-    def throttled(self, ticket: Ticket, delivered: int, reason: str, now: float) -> None:
-        """The store took ``delivered`` records and asked us to slow down."""
-        self.succeeded(ticket, delivered, now)
-        self._throttled_at = now
-        self.reason = reason
-        self.rate.throttled(now, self.throughput.recent(now))
-        if now - self._last_cut >= _THROTTLE_HOLD:
-            self._last_cut = now
-            self._limit = max(1.0, self._limit * 0.7)
+        if delivered or refused:
+            self._answers.add(now, delivered, refused)
 
     def failed(self, ticket: Ticket, state: State, reason: str, now: float) -> None:
         """The call failed for reasons of the store: ``State.DOWN`` or ``State.BLOCKED``."""

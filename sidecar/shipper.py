@@ -271,7 +271,8 @@ class _Run:
         ticket = self._pace.permit(wanted, now)
         if ticket is None:
             return self._pace.delay(wanted, now)
-        self._group.create_task(self._call(ticket, self._backlog.next_chunk(ticket.records, now)))
+        chunk = self._backlog.next_chunk(ticket.records, now)
+        self._group.create_task(self._call(self._pace.narrowed(ticket, count(chunk)), chunk))
         return 0.0
 
     async def _call(self, ticket: Ticket, chunk: Chunk) -> None:

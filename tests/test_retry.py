@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+import math
 import random
 
 import pytest
@@ -27,6 +28,10 @@ class Simulation:
         self.up = True
         self.tokens = 0.0
         self.filled = 0.0
+        self.chance = random.Random(0)
+        self.refuses = 0.0  # the share of single records that it refuses at any rate
+        self.refuses_every = math.inf  # seconds between two records that it refuses, at any rate
+        self.refuses_next = math.inf
         self.sent: list[tuple[float, int]] = []
         self.delivered: list[tuple[float, int]] = []
         self.calls: list[tuple[float, int, object]] = []
@@ -39,6 +44,11 @@ class Simulation:
         self.tokens = min(self.capacity / 5, self.tokens + (self.now - self.filled) * self.capacity)
         self.filled = self.now
         taken = min(ticket.records, int(self.tokens))
+        if self.refuses:
+            taken = sum(self.chance.random() >= self.refuses for _ in range(taken))
+        if taken and self.now >= self.refuses_next:
+            taken -= 1
+            self.refuses_next = self.now + self.refuses_every
         self.tokens -= taken
         self.delivered.append((self.now, taken))
         if taken < ticket.records:
@@ -60,6 +70,10 @@ class Simulation:
             self.now = max(wake, self.now + 1e-6)
             while self.calls and self.calls[0][0] <= self.now:
                 self._answer(heapq.heappop(self.calls)[2])
+
+    def one_refused_every(self, seconds: float) -> None:
+        """From now on, beside what is over the capacity."""
+        self.refuses_every, self.refuses_next = seconds, self.now + seconds
 
     def rate(self, events: list[tuple[float, int]], start: float, stop: float) -> float:
         return sum(n for t, n in events if start <= t < stop) / (stop - start)
@@ -94,6 +108,92 @@ def test_a_store_that_throttles_every_call_is_asked_ever_less_and_found_again(se
     sim.capacity = 1e9
     sim.run(60)
     assert sim.rate(sim.delivered, 80, 100) > 10_000
+
+
+@pytest.mark.parametrize("share", [0.001, 0.003, 0.01])
+@pytest.mark.parametrize("capacity", [500, 5_000])
+def test_a_store_that_refuses_a_little_at_any_rate_is_still_used(share, capacity):
+    """A hot key, a neighbour's burst: asking for less would not help, so nearly all that it takes is delivered."""
+    sim = Simulation(pace(), batch=25, latency=0.02, capacity=capacity)
+    sim.refuses = share
+    sim.run(60)
+    assert sim.rate(sim.delivered, 20, 60) >= 0.9 * min(capacity, 16 * 25 / 0.02)
+    assert sim.rate(sim.sent, 20, 60) <= 1.1 * capacity
+
+
+@pytest.mark.parametrize("every", [5, 10, 20, math.inf])
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_storm_a_store_that_refuses_a_record_now_and_then_is_back_in_two_minutes(every, seed):
+    """From one record a second to nine tenths of what it takes, though throttles never cease."""
+    sim = Simulation(pace(seed), batch=25, latency=0.005, capacity=1_000)
+    sim.run(10)
+    sim.capacity = sim.tokens = 0.0
+    sim.run(30)
+    assert sim.pace.rate.current == pytest.approx(1.0, abs=1.0)
+    sim.capacity = 1_000
+    sim.one_refused_every(every)
+    sim.run(150)
+    assert sim.rate(sim.delivered, 160, 190) >= 0.9 * 1_000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_storm_a_store_that_takes_everything_is_found_again_in_25_seconds(seed):
+    """Growth is the faster the longer nothing is refused."""
+    sim = Simulation(pace(seed), batch=25, latency=0.005, capacity=1_000)
+    sim.run(10)
+    sim.capacity = sim.tokens = 0.0
+    sim.run(30)
+    sim.capacity = 1_000
+    sim.run(40)
+    assert sim.rate(sim.delivered, 65, 80) >= 0.9 * 1_000
+
+
+def test_a_refusal_seen_in_light_traffic_holds_no_later_burst_for_long():
+    """What got in was what there was, not what the store can take."""
+    p = pace()
+    now = 0.0
+    for i in range(100):  # 20 records a second, one of which is refused
+        now = i * 0.05
+        ticket = p.permit(1, now)
+        if i == 99:
+            p.throttled(ticket, 0, "slow", now)
+        else:
+            p.succeeded(ticket, 1, now)
+    assert p.rate.current < 30
+    sim = Simulation(p, batch=25, latency=0.005, capacity=1_000)
+    sim.now = sim.filled = now
+    sim.run(60)
+    assert sim.rate(sim.delivered, now + 20, now + 60) >= 0.9 * 1_000
+
+
+def test_one_refused_record_among_many_costs_no_calls_in_flight():
+    """A thousand calls of 25, one record of which is refused each second: all sixteen may still be under way."""
+    p = pace()
+    for i in range(1_000):
+        now = i * 0.025
+        ticket = p.permit(25, now)
+        if i % 40:
+            p.succeeded(ticket, 25, now)
+        else:
+            p.throttled(ticket, 24, "slow", now)
+    assert p.limit == 16
+
+
+def test_a_call_that_carries_less_than_it_may_gives_the_rest_back():
+    """Large records: the bound in bytes, not the rate, decides how many go; the rate is what is sent."""
+    p = pace()
+    p.rate.manual = 100.0
+    sent = 0
+    now = 0.0
+    while now < 20.0:
+        ticket = p.permit(1_000, now)
+        if ticket is None:
+            now += 0.01
+            continue
+        ticket = p.narrowed(ticket, min(ticket.records, 3))
+        sent += ticket.records
+        p.succeeded(ticket, ticket.records, now)
+    assert 0.9 * 100 <= sent / 20.0 <= 1.1 * 100
 
 
 @pytest.mark.parametrize("steady", [1_000, 50_000])
