@@ -104,7 +104,7 @@ def before_open(directory: Path, last: disk.Mark | None, quarantine: Quarantine,
             f"spool: {gone}, though a spool was here; what may be missing cannot be counted:"
             " compare the stores over the last hours (validate-consistency)"
         )
-    if last is None and not there and not log.exists():
+    if last is None and not there and not log.exists() and not (directory / disk.REBUILT).exists():
         return found  # a new spool
     found.unclean = last is None or last.state != disk.CLEAN
     if exchange(directory, quarantine):

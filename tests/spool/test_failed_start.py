@@ -215,6 +215,44 @@ def test_a_kill_at_any_statement_of_a_start_costs_the_next_one_nothing(killed, t
         assert asyncio.run(_outcome(at)) == expected, f"after a kill before {sql!r}"
 
 
+def _to_be_rebuilt(directory: Path) -> None:
+    """Somebody asked for it."""
+    (directory / disk.REPAIR).touch()
+
+
+def _rebuilt_without_a_position(directory: Path) -> None:
+    """And nothing says how far acknowledgements went."""
+    _to_be_rebuilt(directory)
+    (directory / "position").unlink()
+
+
+@pytest.mark.parametrize("state", [_damaged, _to_be_rebuilt, _rebuilt_without_a_position])
+def test_a_kill_between_any_two_changes_of_names_costs_the_next_start_nothing(killed, tmp_path, monkeypatch, state):
+    """A repair puts files aside and another in their place: a copy before each step is what a kill there leaves."""
+    expected = asyncio.run(_outcome(killed("reference", state)))
+    assert expected.came
+    directory = killed("live-start", state)
+    steps: list[tuple[str, Path]] = []
+
+    def noted(call, what):
+        def stepping(path, *args, **kwargs):
+            if path.is_relative_to(directory):
+                steps.append((f"{what} {path.name}", crash_copy(directory, tmp_path / f"kill-{len(steps)}")))
+            return call(path, *args, **kwargs)
+
+        return stepping
+
+    with monkeypatch.context() as patched:
+        for name in ("rename", "unlink", "hardlink_to", "mkdir", "write_bytes"):
+            patched.setattr(Path, name, noted(getattr(Path, name), name))
+        patched.setattr(disk, "create_private", noted(disk.create_private, "create"))
+        spool = open_spool(directory)
+    asyncio.run(_closed(spool))
+    assert len(steps) > 4
+    for step, at in steps:
+        assert asyncio.run(_outcome(at)) == expected, f"after a kill before {step}"
+
+
 def test_a_kill_in_the_middle_of_the_commit_that_repairs_costs_the_next_start_nothing(killed, tmp_path):
     """What is taken over from behind a damage is committed onto the bytes that it was read from.
 
