@@ -30,7 +30,7 @@ from sidecar.consistency.evidence import Validations
 from sidecar.consistency.late import LateWrites
 from sidecar.consistency.mirror import Mirror
 from sidecar.consistency.repair import Repair
-from sidecar.consistency.tail import LEASE_SECONDS, Tail
+from sidecar.consistency.tail import Tail
 from sidecar.errors import BadRequest, Busy, StoreError
 from sidecar.fleet.census import Census, Presence
 from sidecar.fleet_tables import Heartbeat
@@ -185,7 +185,7 @@ class ConsistencyService:
             self.evidence,
             settings=self._paced,
             due=self._due,
-            lease=lambda: fleet.acquire_lease(_LEASE, instance, LEASE_SECONDS),
+            lease=lambda seconds: fleet.acquire_lease(_LEASE, instance, seconds),
             finished=self._finished,
             clock=clock,
             by=instance,

@@ -11,11 +11,14 @@ ORDER, and why a record in motion is never called missing:
    are not enough: an item whose keys are not those of its fields is hidden from some query, and its stored digest may
    hide a change. That is a field_mismatch too, which names the keys. The item's own attributes decide, read strongly
    consistent, never an index that is behind.
-4. *again*: a difference that nothing explains is looked at until it has lasted since it was read: ``settle`` seconds
-   where not every sidecar could be asked (and there one of a record younger than ``young`` seconds is in flight), else
-   the few in which another sidecar mirrors its dead letters.
-5. *gaps*: read last, because a gap is written before its records are given up. At most as many records of an hour are
-   explained as the ledger says are missing in it; what is more than that is missing.
+4. *again*: a difference that nothing explains is looked at again until a look *began* late enough: ``settle`` seconds
+   after it was read where not every sidecar could be asked (and there one of a record younger than ``young`` seconds is
+   in flight), else the few after they had settled in which another sidecar mirrors its dead letters. However long this
+   process is held up, between two questions or within one, the last look is made anew.
+5. *gaps*: read after the look, because a gap is written before its records are given up. At most as many records of an
+   hour are explained as the ledger says are missing in it; what is more than that is missing.
+6. *once more*: what no gap explains is read a last time, because a gap is closed only after its records are stored: one
+   that was filled since the look explains nothing any more, and its records are there.
 
 A failure of any of these is a failure of the run: an error is never an explanation.
 """
@@ -23,7 +26,7 @@ A failure of any of these is a failure of the run: an error is never an explanat
 import asyncio
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol
@@ -130,26 +133,43 @@ class Explainer:
         if not candidates:
             return
         self.settled = await patiently(lambda: self._whereabouts.settle(self._rules.settle), self._clock)
-        fates = await self._fates(candidates)
+        if self.settled.knows_all:
+            late = self._clock.monotonic() + min(self._rules.settle, _MIRRORED)
+        else:
+            late = read_at + self._rules.settle
+        asked_at, fates = self._clock.monotonic(), await self._fates(candidates)
         for start in range(0, len(candidates), PART):
-            yield await self._decide(candidates[start : start + PART], fates, read_at)
+            if asked_at < late <= self._clock.monotonic():  # once for all that are left, and not again for each part
+                asked_at, fates = self._clock.monotonic(), await self._fates(candidates[start:])
+            yield await self._decide(candidates[start : start + PART], fates, asked_at, late)
 
     async def _decide(
-        self, candidates: Sequence[Candidate], fates: Mapping[str, Mapping[StoreName, Known]], read_at: float
+        self,
+        candidates: Sequence[Candidate],
+        fates: Mapping[str, Mapping[StoreName, Known]],
+        asked_at: float,
+        late: float,
     ) -> list[Difference]:
+        """What is left of these; ``fates`` are of ``asked_at``, the last look begins at ``late`` or after."""
         found = await self._look(candidates, fates)
-        lasts = min(self._rules.settle, _MIRRORED) if self.settled.knows_all else self._rules.settle
         while True:
-            doubtful = {d.log_id for d in found if d.reason in DIVERGENT and d.reason is not Reason.DEAD_LETTER}
-            left = read_at + lasts - self._clock.monotonic()
-            if not doubtful or left <= 0:
+            doubtful = _doubtful(found)
+            if not doubtful or asked_at >= late:
                 break
-            await self._clock.sleep(min(left, _PAUSE))
+            await self._clock.sleep(max(0.0, min(late - self._clock.monotonic(), _PAUSE)))
+            asked_at = self._clock.monotonic()
             looked_at = [c for c in candidates if c.log_id in doubtful]
-            again = await self._look(looked_at, await self._fates(looked_at))
+            fates = await self._fates(looked_at)
+            again = await self._look(looked_at, fates)
             anew = {d.log_id: d for d in again}
             found = [anew.get(d.log_id, d) for d in found if d.log_id not in doubtful or d.log_id in anew]
-        return await self._expected(found)
+        found = await self._expected(found)
+        lacking = _doubtful(d for d in found if len(d.present_in) == 1)
+        if not lacking:
+            return found
+        again = await self._look([c for c in candidates if c.log_id in lacking], fates)
+        still = {d.log_id for d in again}
+        return [d for d in found if d.log_id not in lacking or d.log_id in still]
 
     async def _fates(self, candidates: Sequence[Candidate]) -> Mapping[str, Mapping[StoreName, Known]]:
         ids = [c.log_id for c in candidates if not self._expired(c)]
@@ -295,6 +315,11 @@ def _changed(
     if any(known.fate in ("pending", "deferred") for known in fates.values()):
         return because(Reason.IN_FLIGHT)
     return because(Reason.FIELD_MISMATCH)
+
+
+def _doubtful(found: Iterable[Difference]) -> set[str]:
+    """Ids of differences that nothing explains so far."""
+    return {d.log_id for d in found if d.reason in DIVERGENT and d.reason is not Reason.DEAD_LETTER}
 
 
 def _because(each: Difference, reason: Reason, detail: str = "") -> Difference:

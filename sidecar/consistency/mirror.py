@@ -25,7 +25,6 @@ from sidecar.spool import Counters, view
 log = logging.getLogger(__name__)
 
 EVERY: Final = 2.0  # seconds between two looks at the counters
-_PAUSE: Final = 10.0  # seconds after the tables could not be written
 _LINES: Final = 100  # in one call
 _T = TypeVar("_T")
 _Key = tuple[str, StoreName]
@@ -72,15 +71,17 @@ class Mirror:
 
     async def run(self) -> None:
         """Look, and write what changed."""
+        trouble = False
         while True:
-            pause = EVERY
             if self._due():
                 try:
                     await self.step()
+                    trouble = False
                 except StoreError as error:
-                    pause = _PAUSE
-                    log.warning("fates of refused records are not mirrored", extra={"reason": error.reason})
-            await self._clock.sleep(pause)
+                    if not trouble:
+                        log.warning("fates of refused records are not mirrored yet", extra={"reason": error.reason})
+                    trouble = True
+            await self._clock.sleep(EVERY)
 
     async def step(self) -> int:
         """One look; how many lines were written. Raises StoreError: what was not written is written the next time."""

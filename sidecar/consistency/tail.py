@@ -1,13 +1,17 @@
 """Validation without end: the newest records again and again, and days whose verdict does not stand.
 
 One instance at a time, by a lease in the fleet's tables: no safety rests on it, two at once cost twice and find the
-same. Each round compares from the midnight before ``now - validation.window`` to now; then the next stretch of days
-whose verdict was overtaken, or was not clean, so that a day that was mended or written to late comes clean by itself.
+same. An instance leads by its own monotonic clock, from before it asked for as long as it asked for: one that was
+stopped for longer begins nothing when it wakes up, and once it hears that another has the lease it ends the round under
+way, which is then no verdict. Each round compares from the midnight before ``now - validation.window`` to now; then the
+next stretch of days whose verdict was overtaken, or was not clean, so that a day that was mended or written to late
+comes clean by itself.
 A failure ends the round; the next one comes in its time. A run that is under way is cancelled with the task.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -21,8 +25,9 @@ from sidecar.verdicts import DAY_US, RunLine
 
 log = logging.getLogger(__name__)
 
-LEASE_SECONDS: Final = 120.0
-_RENEW: Final = 30.0  # seconds
+_RENEW: Final = 30.0  # seconds, at most, between two renewals of the lease
+_RENEWALS: Final = 4  # of them fit into it: 120 s
+_SHORTEST: Final = 5.0  # seconds of a lease at least
 _IDLE: Final = 1.0  # seconds between two looks at the clock
 _FIRST: Final = 30.0  # seconds after a start at most, so that a restart does not begin with a scan
 _DAYS_A_ROUND: Final = 31
@@ -39,7 +44,7 @@ class Tail:
         evidence: which days do not stand.
         settings: asked each time.
         due: whether the phase writes both stores: there is nothing to compare in the others.
-        lease: take or renew it; False while another instance has it. Raises StoreError.
+        lease: take or renew it for so many seconds; False while another instance has it. Raises StoreError.
         finished: told of every finished run.
         clock: time. by: this instance's name.
     """
@@ -51,7 +56,7 @@ class Tail:
         *,
         settings: Callable[[], Validation],
         due: Callable[[], bool],
-        lease: Callable[[], Awaitable[bool]],
+        lease: Callable[[float], Awaitable[bool]],
         finished: Callable[[RunLine], None],
         clock: Clock,
         by: str,
@@ -64,15 +69,16 @@ class Tail:
         self._finished = finished
         self._clock = clock
         self._by = by
-        self._leads = False
+        self._leads_until = -math.inf
+        self._round: asyncio.Task[None] | None = None
         self._unclean_due = 0.0
         self._after = -(10**9)  # the last day of the stretch that was compared last
         self.running = False
 
     @property
     def leads(self) -> bool:
-        """Whether this instance has the lease."""
-        return self._leads
+        """Whether this instance has the lease, by its own clock."""
+        return self._clock.monotonic() < self._leads_until
 
     async def run(self) -> None:
         """Round after round."""
@@ -82,16 +88,25 @@ class Tail:
 
     async def _hold(self) -> None:
         while True:
-            if self._settings().interval and self._due():
-                try:
-                    self._leads = await self._lease()
-                except StoreError as error:
-                    self._leads = False
-                    log.info("validation has no lease", extra={"store": error.store, "reason": error.reason})
-                await self._clock.sleep(min(_RENEW, self._settings().interval or _RENEW))
+            interval = self._settings().interval
+            if interval and self._due():
+                pause = min(_RENEW, interval)
+                await self._renew(max(_SHORTEST, _RENEWALS * pause))
+                await self._clock.sleep(pause)
             else:
-                self._leads = False
+                self._leads_until = -math.inf
                 await self._clock.sleep(_IDLE)
+
+    async def _renew(self, seconds: float) -> None:
+        """Ask for the lease; where it is lost, the round under way ends. An error leaves what is held to run out."""
+        asked = self._clock.monotonic()
+        try:
+            held = await self._lease(seconds)
+            self._leads_until = asked + seconds if held else -math.inf
+        except StoreError as error:
+            log.info("validation has no lease", extra={"store": error.store, "reason": error.reason})
+        if not self.leads and self._round is not None:
+            self._round.cancel()
 
     async def _rounds(self) -> None:
         began = self._clock.monotonic()
@@ -100,10 +115,24 @@ class Tail:
             await self._clock.sleep(min(_IDLE, self._settings().interval or _IDLE))
             interval, now = self._settings().interval, self._clock.monotonic()
             wait = min(_FIRST, interval) if last is None else interval
-            if not interval or not self._leads or not self._due() or now - (began if last is None else last) < wait:
+            if not interval or not self.leads or not self._due() or now - (began if last is None else last) < wait:
                 continue
             last = now
-            await self.round()
+            await self._led()
+
+    async def _led(self) -> None:
+        """One round, for as long as this instance leads."""
+        task = self._round = asyncio.create_task(self.round(), name="validation round")
+        try:
+            await asyncio.wait([task])
+        finally:
+            self._round = None
+            task.cancel()  # where it has not ended, this one was cancelled
+            await asyncio.gather(task, return_exceptions=True)
+        if task.cancelled():
+            log.info("a validation was left: another instance has the lease", extra={"instance": self._by})
+        else:
+            task.result()
 
     async def round(self) -> None:
         """The newest records, then some days that do not stand."""

@@ -102,22 +102,29 @@ Fates = Callable[[Sequence[str]], Awaitable[Iterable[FateLine]]]
 
 
 class Mirrored:
-    """Lines that sidecars wrote of records that a store refused (``sidecar.consistency.mirror``)."""
+    """Lines that sidecars wrote of records that a store refused (``sidecar.consistency.mirror``).
 
-    def __init__(self, fates: Fates) -> None:
+    ``in_motion`` says of a line of a redriven record whether its sidecar may still be at it; else such a line says
+    nothing: the record is there, or dead again under a line of its own, or missing.
+    """
+
+    def __init__(self, fates: Fates, in_motion: Callable[[FateLine], bool] = lambda _: False) -> None:
         self._fates = fates
+        self._in_motion = in_motion
 
     async def settle(self, patience: float) -> Settled:  # noqa: ARG002  (the port's signature)
         """Nothing to wait for."""
         return Settled()
 
     async def fates(self, log_ids: Sequence[str]) -> Mapping[str, Mapping[StoreName, Known]]:
-        """Dead letters and discards; a line of a redriven one says nothing."""
+        """Dead letters and discards, and what is given to the store again right now."""
         found: dict[str, dict[StoreName, Known]] = {}
         for start in range(0, len(log_ids), _AT_ONCE):
             for line in await self._fates(log_ids[start : start + _AT_ONCE]):
                 if line.state != "redriven":
                     found.setdefault(line.log_id, {})[line.store] = Known(line.state, line.retry_class)
+                elif self._in_motion(line):
+                    found.setdefault(line.log_id, {}).setdefault(line.store, Known("pending", line.retry_class))
         return found
 
 
@@ -144,7 +151,8 @@ class Fleet:
     ) -> None:
         self._newcomer = newcomer
         self._heartbeats = heartbeats
-        self._mirrored = Mirrored(fates)
+        self._mirrored = Mirrored(fates, self._in_motion)
+        self._heard: Mapping[str, int] = {}  # instance -> time of the last heartbeat that ``settle`` saw
         self._clock = clock
         self._poll = poll
 
@@ -185,6 +193,7 @@ class Fleet:
             now = self._clock.monotonic()
             if (not undecided and (not behind or now >= least)) or now >= end:
                 unheard = {row.instance for row in rows if row.key in undecided}
+                self._heard = {row.instance: row.at_us for row in sorted(rows, key=lambda row: row.at_us)}
                 return Settled(
                     asked=tuple(sorted({row.instance for row in rows})),
                     silent=tuple(sorted(unheard | set(silent))),
@@ -197,6 +206,14 @@ class Fleet:
     async def fates(self, log_ids: Sequence[str]) -> Mapping[str, Mapping[StoreName, Known]]:
         """See Mirrored."""
         return await self._mirrored.fates(log_ids)
+
+    def _in_motion(self, line: FateLine) -> bool:
+        """Whether a record was redriven after the last that its sidecar said of itself, both by that one's clock.
+
+        What was redriven before is part of what it said: settled, or ``behind``.
+        """
+        heard_us = self._heard.get(line.by)
+        return heard_us is not None and line.at_us > heard_us
 
 
 class Together:

@@ -193,7 +193,7 @@ class TailStand:
             by="pod-1",
         )
 
-    async def lease(self):
+    async def lease(self, _seconds):
         return self.leads
 
 
@@ -260,6 +260,59 @@ async def test_nothing_is_compared_without_the_lease_or_where_the_phase_has_one_
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def held_up(found):
+    """Its next scan waits until ``go`` is set; ``begun`` says that it is there."""
+    scan, begun, go = found.stand.stores["dynamodb"].scan, asyncio.Event(), asyncio.Event()
+
+    async def waiting(*arguments, **options):
+        begun.set()
+        await go.wait()
+        async for entry in scan(*arguments, **options):
+            yield entry
+
+    found.stand.stores["dynamodb"].scan = waiting
+    return begun, go
+
+
+async def test_a_lease_that_another_instance_has_taken_ends_the_round_under_way():
+    """It leaves a line that it was stopped, no verdict, and leads no more; what it has to say comes from the other."""
+    found = TailStand(interval=10.0)
+    begun, _ = held_up(found)
+    task = asyncio.create_task(found.tail.run())
+    try:
+        await asyncio.wait_for(begun.wait(), 5)
+        assert found.tail.leads
+        found.leads = False
+        await eventually(lambda: not found.tail.running, what="the round ended")
+        assert not found.tail.leads
+        (line,) = await found.stand.ledger.runs(9)
+        assert (line.outcome, line.finished_us, found.finished) == ("stopped", None, [])
+        assert await found.stand.ledger.days() == []
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_instance_that_slept_beyond_its_lease_does_not_lead_until_it_has_asked():
+    """By its own clock: it was stopped as a whole, and nobody told it. An error of the store does not end the lease."""
+    found = TailStand(interval=10.0)
+    await found.tail._renew(40.0)
+    assert found.tail.leads
+
+    async def away(_seconds):
+        raise StoreError("dynamodb", RetryClass.TRANSIENT, "away")
+
+    found.tail._lease = away
+    await found.tail._renew(40.0)
+    assert found.tail.leads
+    found.clock.now += 41_000_000
+    assert not found.tail.leads
+    found.tail._lease = found.lease
+    await found.tail._renew(40.0)
+    assert found.tail.leads
 
 
 async def test_a_store_that_fails_ends_the_round_and_not_the_validation():

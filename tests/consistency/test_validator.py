@@ -380,6 +380,61 @@ async def test_with_nobody_to_ask_a_young_record_may_be_on_its_way():
 # --- failing, stopping, going on -------------------------------------------------------------------------------------
 
 
+async def test_a_gap_that_is_filled_and_closed_while_it_is_looked_at_leaves_nothing_missing():
+    """The record was not there for the look, and the gap not for the ledger: it arrived between the two."""
+    stand = ConsistencyStand(whereabouts=Told())
+    await stand.write(records(3), "postgres")
+    await stand.write(records(2), "dynamodb")
+    lost = next(r for r in records(3) if r not in records(2))
+    line = GapLine(store="dynamodb", kind="released", hour=lost.log_timestamp // 3_600_000_000, source="x", opened=1)
+    stand.lines = [line]
+    looked, get = [], stand.stores["dynamodb"].examine
+
+    async def examine(wanted):
+        looked.append(wanted)
+        return await get(wanted)
+
+    async def gaps():
+        if looked:  # a backfill stores the record, and closes the gap
+            await stand.write([lost], "dynamodb")
+            stand.lines = []
+        return stand.lines
+
+    stand.stores["dynamodb"].examine, stand.validator._gaps = examine, gaps
+    assert (await stand.run()).outcome == "clean"
+    assert lost.log_id in looked
+
+
+@pytest.mark.parametrize("held_up", ["settling", "looking"])
+async def test_a_dead_letter_that_is_mirrored_late_explains_however_long_somebody_was_held_up(held_up):
+    """Two seconds after its sidecar had settled; who was stopped in the midst looks again before it speaks."""
+    told = Told()
+    told.settled = Settled(asked=("a", "b"), knows_all=True)
+    stand = ConsistencyStand(whereabouts=told)
+    await stand.write([record(1)], "postgres")
+    known, get, mirrored = told.fates, stand.stores["dynamodb"].examine, []
+
+    async def settle():
+        if held_up == "settling":
+            stand.clock.slept += 30.0
+        mirrored.append(stand.clock.monotonic() + 2.0)
+
+    async def examine(wanted):
+        if held_up == "looking" and len(mirrored) == 1:
+            mirrored.append(0.0)
+            stand.clock.slept += 300.0
+        return await get(wanted)
+
+    async def fates(log_ids):
+        if stand.clock.monotonic() > mirrored[0]:
+            told.known = {record(1).log_id: {"dynamodb": Known("dead_lettered", "permanent")}}
+        return await known(log_ids)
+
+    told.on_settle, told.fates, stand.stores["dynamodb"].examine = settle, fates, examine
+    await stand.run()
+    assert stand.found() == {record(1).log_id: "dead_letter"}
+
+
 @pytest.mark.parametrize("broken", STORES)
 @pytest.mark.parametrize("call", ["scan", "get", "gaps", "ledger"])
 async def test_an_error_is_never_consistent(broken, call):

@@ -175,6 +175,21 @@ async def test_mirrored_dead_letters_are_known_and_redriven_ones_are_not():
     }
 
 
+async def test_a_record_that_was_redriven_after_its_sidecar_was_heard_last_is_on_its_way():
+    """By that sidecar's own clock; what it redrove before is part of what it said. Of one that is gone: nothing."""
+    line = {"store": POSTGRES, "state": "redriven", "retry_class": "permanent", "revision": 1}
+    fleet, _ = asked(
+        *[[beat("a", n, at_us=n * 100)] for n in range(1, 4)],
+        lines=[
+            FateLine(log_id="before", by="a", at_us=300, **line),
+            FateLine(log_id="after", by="a", at_us=301, **line),
+            FateLine(log_id="gone", by="b", at_us=999, **line),
+        ],
+    )
+    await fleet.settle(30.0)
+    assert await fleet.fates(["before", "after", "gone"]) == {"after": {POSTGRES: Known("pending", "permanent")}}
+
+
 async def test_together_who_comes_later_knows_better_and_any_doubt_stays():
     """The own spool overrules the mirror; silence and lag of any are those of all."""
     first, second = Told(), Told()
