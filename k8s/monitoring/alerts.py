@@ -275,6 +275,14 @@ def _phases(s: Scale) -> tuple[Alert, ...]:
             "critical",
             f"{AT_POD}: out of touch with the fleet; reads answer 503, what is accepted waits to be decided",
         ),
+        Alert(
+            "SidecarUndecidedRecords",
+            "phase",
+            f"max by ({POD}) (sidecar_spool_undecided_records) > 0",
+            s.hold(5 * MINUTE),
+            "warning",
+            f"{AT_POD}: {{{{ $value }}}} accepted records are owed to no store yet; they wait for the fleet's phase",
+        ),
     )
 
 

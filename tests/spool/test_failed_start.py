@@ -28,7 +28,6 @@ from tests.spool.harness import (
     deliver,
     flushed,
     open_spool,
-    pending_in_frames,
     put,
     records,
     spool_at,
@@ -90,9 +89,7 @@ async def _outcome(directory: Path) -> Outcome:
     gc.collect()
     spool = open_spool(directory)
     try:
-        came = set()
-        while pending_in_frames(spool, "postgres"):
-            came |= {r.log_id for r in await deliver(spool, "postgres")}
+        came = {r.log_id for r in await deliver(spool, "postgres")}
         await flushed(spool)
         return Outcome(frozenset(came), spool.counters("postgres").quarantined, bool(spool.state().wal_damage))
     finally:

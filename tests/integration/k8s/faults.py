@@ -226,6 +226,7 @@ CASES = (
     ),
     gauge("SidecarFleetSilent", 'sidecar_fleet_instances{phase="dual_write",state="silent"}', bad=1, hold=10),
     gauge("SidecarFenced", "sidecar_fleet_fenced", bad=1, hold=1),
+    gauge("SidecarUndecidedRecords", "sidecar_spool_undecided_records", bad=7, hold=5),
     gauge("SidecarDivergenceAge", "sidecar_divergence_oldest_age_seconds", bad=901, good=3, hold=5),
     gauge(
         "SidecarDivergenceCount",

@@ -287,7 +287,7 @@ PLANS: Mapping[str, Plan] = {
         tracks=(
             (
                 (_an_instance_dies_while_a_store_is_down, {"SidecarFleetSilent"}),
-                (_both_stores_are_out_of_reach, {"SidecarFenced"}),
+                (_both_stores_are_out_of_reach, {"SidecarFenced", "SidecarUndecidedRecords"}),
             ),
         ),
     ),

@@ -115,12 +115,39 @@ def test_the_operators_resources_have_the_operators_types():
     """PodMonitor and PrometheusRule parse into the operator's own models and lose nothing; a wrong type is found."""
     manifests = of_kind(render("overlays/example"), "PodMonitor", "PrometheusRule")
     assert {m["kind"] for m in manifests} == {"PodMonitor", "PrometheusRule"}
-    (wrong,) = of_kind(render("overlays/example"), "PodMonitor")
+    (wrong, *_) = of_kind(render("overlays/example"), "PodMonitor")
     wrong["spec"]["podMetricsEndpoints"][0]["relabelings"][0]["sourceLabels"] = "pod"
     told = run([str(TOOLS / "bin" / "python"), "-c", PARSE], input=json.dumps([*manifests, wrong]))
     *parsed, error = (json.loads(line)["spec"] for line in told.splitlines() if line.startswith("{"))
     assert parsed == [m["spec"] for m in manifests]
     assert "sourceLabels" in error
+
+
+def test_whatever_exports_metrics_is_scraped_by_one_podmonitor_and_let_in_for_it():
+    """Sidecars and Jobs alike, by label, port and namespace; under job names of their own."""
+    monitors = of_kind(render("overlays/example"), "PodMonitor")
+    jobs = {}
+    exporting = 0
+    for target in ("overlays/example", *(f"jobs/{name}" for name in JOBS)):
+        manifests = render(target)
+        policies = of_kind(manifests, "NetworkPolicy")
+        for template in filter(None, map(template_of, manifests)):
+            containers = [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]
+            ports = {port["name"] for each in containers for port in each.get("ports", [])}
+            labels = template["metadata"]["labels"]
+            found = [each for each in monitors if each["spec"]["selector"]["matchLabels"].items() <= labels.items()]
+            if "ops" not in ports:
+                assert found == [], target
+                continue
+            exporting += 1
+            (monitor,) = found
+            assert {each["metadata"].get("namespace") for each in (monitor, *manifests)} == {"example"}
+            (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+            assert endpoint["port"] == "ops"
+            jobs[monitor["metadata"]["name"]] = endpoint["relabelings"][0]["replacement"]
+            assert any(each["spec"]["podSelector"]["matchLabels"].items() <= labels.items() for each in policies)
+    assert exporting == 3  # a sidecar, the backfill, the copy back
+    assert jobs == {"hybrid-log-sidecar": "hybrid-log-sidecar", "hybrid-log-backfill": "hybrid-log-backfill"}
 
 
 def test_checkov_finds_nothing_but_what_is_argued(tmp_path: Path):
@@ -233,10 +260,15 @@ def test_the_sidecar_starts_first_and_runs_without_any_privilege(overlay):
     assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
 
 
+def template_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a workload makes pods from; empty for anything else."""
+    spec = manifest.get("spec", {})
+    return spec.get("jobTemplate", {"spec": spec})["spec"].get("template", {})
+
+
 def pod_of(manifest: dict[str, Any]) -> dict[str, Any]:
     """The pod that a workload makes; empty for anything else."""
-    spec = manifest.get("spec", {})
-    return spec.get("jobTemplate", {"spec": spec})["spec"].get("template", {}).get("spec", {})
+    return template_of(manifest).get("spec", {})
 
 
 @pytest.mark.parametrize("target", TARGETS)
