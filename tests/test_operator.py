@@ -553,9 +553,21 @@ def test_every_long_command_takes_its_priority_before_anything_else(verb, word, 
         taken.append(given)
         raise ConfigError("here", seen="it ends", allowed="nothing more")
 
+    monkeypatch.delenv("SIDECAR_PRIORITY")
     monkeypatch.setattr(priority, "take", take)
     assert cli.main([verb, *(["--priority", "normal"] if word == "normal" else [])]) == 2
     assert taken == [word]
     assert cli.main(["backfill", "status", "--config", "/nonexistent"]) == 2
     assert taken == [word]
     capsys.readouterr()
+
+
+def test_the_environment_says_the_priority_where_the_command_does_not(monkeypatch, capsys):
+    """And what it says must be one of the two."""
+    monkeypatch.setenv("SIDECAR_PRIORITY", "high")
+    assert cli.main(["validate"]) == 2
+    assert "SIDECAR_PRIORITY" in capsys.readouterr().err
+    monkeypatch.setenv("SIDECAR_PRIORITY", "normal")
+    assert cli.main(["validate", "--config", "/nonexistent"]) == 2
+    assert "SIDECAR_PRIORITY" not in capsys.readouterr().err
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from sidecar.config import DEFAULT_PATH
-from sidecar.operator.priority import PRIORITIES
+from sidecar.operator.priority import PRIORITIES, VARIABLE
 
 _STORES: Final = ("postgres", "dynamodb")
 
@@ -26,9 +26,9 @@ def with_priority(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--priority",
         choices=PRIORITIES,
-        default=PRIORITIES[0],
+        default=os.environ.get(VARIABLE) or PRIORITIES[0],
         help="low: only the CPU time that nobody beside it wants, for a live sidecar's sake; normal: as any process;"
-        " default: low",
+        " default: $SIDECAR_PRIORITY or low",
     )
 
 

@@ -13,15 +13,20 @@ import contextlib
 import os
 from typing import Final
 
+from sidecar.errors import ConfigError
+
 _LOWEST: Final = 19  # niceness
 PRIORITIES: Final = ("low", "normal")
+VARIABLE: Final = "SIDECAR_PRIORITY"  # where the command line says nothing
 
 
 def take(priority: str) -> None:
     """``low``: give way to everybody from now on; ``normal``: stay as it was started.
 
-    Call it before threads are started: they inherit it.
+    Call it before threads are started: they inherit it. Raises ConfigError for any other word, which is the variable's.
     """
+    if priority not in PRIORITIES:
+        raise ConfigError(VARIABLE, seen=priority, allowed=" or ".join(PRIORITIES))
     if priority == "normal":
         return
     with contextlib.suppress(OSError):
