@@ -53,7 +53,7 @@ class Listen(_Section, frozen=True):
 
     app: str = "127.0.0.1:8080"  # host:port, or unix:/path for a unix socket
     ops: str = "0.0.0.0:9464"  # metrics and health only: no control, no payload
-    max_connections: Annotated[int, msgspec.Meta(ge=1)] = 256  # of the application's listener; more wait in the kernel
+    max_connections: Annotated[int, msgspec.Meta(ge=1)] = 256  # of each listener; one more: 503, at ops an old one goes
     header_timeout: Patience = 10.0  # for the whole request head; slower clients are cut off
     body_timeout: Patience = 30.0  # for the whole body
     idle_timeout: Patience = 75.0  # how long a connection without a request is kept

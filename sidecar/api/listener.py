@@ -1,4 +1,10 @@
-"""Listeners: connections bounded in time and number (``server`` says by what), started and stopped in order."""
+"""Listeners: connections bounded in time and number (``server`` says by what), started and stopped in order.
+
+WHEN ALL CONNECTIONS ARE TAKEN, the application's listener tells the next one so and closes it: its peer is the pod's
+own application, which is to wait. The ops listener is reached by the pod network and asked by kubelet, whose probes
+open a connection each: whoever holds all of them open would have the pod taken out of service. So there the newcomer
+gets in, and the oldest connection of the address that has the most is cut off: a crowd costs nobody but itself.
+"""
 
 import asyncio
 import contextlib
@@ -63,12 +69,13 @@ class _Refusal(asyncio.Protocol):
 class _Connection(web.RequestHandler):
     """aiohttp's connection, with an express lane and a bound on the time that a request's head may take."""
 
-    __slots__ = ("_express", "_head_timeout", "_head_timer", "_lane", "_leave")
+    __slots__ = ("_arrive", "_express", "_head_timeout", "_head_timer", "_lane", "_leave")
 
     def __init__(
         self,
         head_timeout: float,
-        leave: Callable[[], None],
+        arrive: Callable[["_Connection", str], None],
+        leave: Callable[["_Connection"], None],
         express: Express | None,
         server: web.Server,
         **options: Any,
@@ -78,10 +85,13 @@ class _Connection(web.RequestHandler):
         self._lane: Lane | None = None
         self._head_timeout = head_timeout
         self._head_timer: asyncio.TimerHandle | None = None
+        self._arrive = arrive
         self._leave = leave
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        peer = transport.get_extra_info("peername")
+        self._arrive(self, peer[0] if isinstance(peer, tuple) else "")
         if self._express is not None:
             # uvloop's transports have asyncio's methods but not its base class.
             self._lane = Lane(self._express, cast("asyncio.Transport", transport), self._express_answered)
@@ -123,8 +133,13 @@ class _Connection(web.RequestHandler):
             self._head_timer.cancel()
         if self._lane is not None:
             self._lane.close()
-        self._leave()
+        self._leave(self)
         super().connection_lost(exc)
+
+    def cut_off(self) -> None:
+        """Close at once, whatever is under way or not yet sent: the peer may never read it."""
+        if self.transport is not None:
+            self.transport.abort()
 
     def _process_keepalive(self) -> None:
         """Close an idle connection; aiohttp would cut off the express lane's requests, of which it knows nothing."""
@@ -175,7 +190,10 @@ class _Connection(web.RequestHandler):
 class Listener:
     """One application at one address (``host:port`` or ``unix:/path``)."""
 
-    def __init__(self, app: web.Application, address: str, limits: Listen) -> None:
+    def __init__(self, app: web.Application, address: str, limits: Listen, *, newest_gets_in: bool = False) -> None:
+        """``newest_gets_in``: where all connections are taken an old one is cut off, instead of the new one refused."""
+        self._newest_gets_in = newest_gets_in
+        self._peers: dict[str, dict[_Connection, None]] = {}  # by address, oldest first
         self._address = address
         self._limits = limits
         self._runner = web.AppRunner(app, access_log=None)
@@ -239,11 +257,12 @@ class Listener:
 
     def _connection(self) -> asyncio.Protocol:
         server = self._runner.server
-        if server is None or self._open >= self._limits.max_connections:
+        if server is None or (self._open >= self._limits.max_connections and not self._make_room()):
             return _Refusal()
         self._open += 1
         return _Connection(
             self._limits.header_timeout,
+            self._arrived,
             self._left,
             self._express,
             server,
@@ -258,8 +277,27 @@ class Listener:
             auto_decompress=False,
         )
 
-    def _left(self) -> None:
-        self._open -= 1
+    def _arrived(self, connection: _Connection, peer: str) -> None:
+        self._peers.setdefault(peer, {})[connection] = None
+
+    def _left(self, connection: _Connection) -> None:
+        for peer, connections in self._peers.items():
+            if connection in connections:
+                del connections[connection]
+                if not connections:
+                    del self._peers[peer]
+                self._open -= 1
+                return  # else it was counted out when it was cut off
+
+    def _make_room(self) -> bool:
+        """Cut off the oldest of the address that has the most; False where that is not to be."""
+        crowd = max(self._peers.values(), key=len, default=None) if self._newest_gets_in else None
+        if crowd is None:  # or all came in this very moment
+            return False
+        oldest = next(iter(crowd))
+        self._left(oldest)
+        oldest.cut_off()
+        return True
 
 
 def split_address(address: str) -> tuple[str, int]:

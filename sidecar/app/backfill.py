@@ -190,7 +190,7 @@ def _listener(run: Backfill, address: str, settings: Settings) -> Listener:
             "state": run.parts.filler.pace.state(run.parts.clock.monotonic()),
         },
     )
-    return Listener(build_ops(parts, metrics), address, settings.listen)
+    return Listener(build_ops(parts, metrics), address, settings.listen, newest_gets_in=True)
 
 
 def observe_backfill(metrics: Metrics, run: Backfill) -> None:

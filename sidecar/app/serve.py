@@ -128,7 +128,7 @@ class _Sidecar:
         bear_hangups()
         settings = self._settings
         ops_parts = OpsParts(self._metrics.registry, self._readiness, self._health)
-        ops = Listener(build_ops(ops_parts, self._metrics), settings.listen.ops, settings.listen)
+        ops = Listener(build_ops(ops_parts, self._metrics), settings.listen.ops, settings.listen, newest_gets_in=True)
         await ops.start()
         try:
             await self._open_spool()
