@@ -91,7 +91,7 @@ class SpoolPort(Protocol):
         """When the next deferred record is due."""
         ...
 
-    async def due(self, store: str, now_us: int, limit: int) -> Sequence[Deferred]:
+    async def due(self, store: str, now_us: int, limit: int, max_bytes: int) -> Sequence[Deferred]:
         """Deferred records due."""
         ...
 

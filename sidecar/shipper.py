@@ -13,7 +13,8 @@ Invariants
 ----------
 1. A frame is settled exactly when each of its records was stored, deferred or dead-lettered; nothing else ends it.
 2. Only a record that the store refused *alone* and *as data* becomes a dead letter.
-3. What is held in memory is bounded by the window, whatever the backlog: ``take`` is asked only when there is room.
+3. What is held in memory is bounded by the window, whatever the backlog: ``take`` is asked only when there is room,
+   and deferred records come one window at a time.
 4. A store in trouble sees one call at a time (``retry.Pace``).
 
 Failure at each stage: a crash anywhere loses only memory; unsettled frames are handed out again and the stores'
@@ -48,7 +49,6 @@ _UNKNOWN_IN_A_ROW: Final = 5  # singles of unknown meaning, nothing delivered be
 _GRACE_CODES: Final = frozenset({"23503"})  # the parent row may still come
 _GRACE_TRIES: Final = 15  # spread over fk_grace: counted, not timed, so that no clock jump shortens it
 WINDOW_BYTES: Final = 8 * settings.MIB
-_SIZE_OF_ONE: Final = 2 * settings.KIB  # a deferred record's share of the window; they are few
 _BRAKE: Final = "most recent records were refused as data: the store's schema or rules are to blame, not the records"
 _FULL: Final = "dead letters are at their bound: redrive or discard them"
 
@@ -75,8 +75,8 @@ class SpoolPort(Protocol):
         """When the next deferred record is due; None: there is none."""
         ...
 
-    async def due(self, store: str, now_us: int, limit: int) -> Sequence[Deferred]:
-        """Deferred records due at ``now_us``."""
+    async def due(self, store: str, now_us: int, limit: int, max_bytes: int) -> Sequence[Deferred]:
+        """Deferred records due at ``now_us``, within the bounds."""
         ...
 
     async def finish_deferred(self, item: Deferred, outcome: Leftover | None) -> None:
@@ -231,9 +231,10 @@ class _Run:
             first = False
             if due_us is None or due_us > now_us or self._deferred_out:
                 continue
-            for item in await self._owner.spool.due(self._owner.name, now_us, self._window):
+            owner = self._owner
+            for item in await owner.spool.due(owner.name, now_us, self._window, owner.window_bytes):
                 self._deferred_out += 1
-                self._take_in(Load([item.record], [_SIZE_OF_ONE], 1, deferred=item))
+                self._take_in(Load([item.record], [item.size], 1, deferred=item))
 
     def _take_in(self, load: Load) -> None:
         self._backlog.add(load, self._clock.monotonic())

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -305,6 +306,24 @@ async def test_a_redriven_dead_letter_is_delivered_when_the_cause_is_gone(tmp_pa
         await settled(spool)
         assert await store.ids() == {record(i).log_id for i in range(8)}
         assert spool.counters("postgres").dead_lettered == 0
+
+
+async def test_large_records_that_are_tried_again_keep_to_the_stores_bounds(tmp_path):
+    """A parent row that comes late defers 60 records of 20 KB: no call carries more bytes than the store allows."""
+
+    def refused(batch: Sequence[LogRecord]) -> WriteResult:
+        return WriteResult([Failure(i, RetryClass.PERMANENT, "no parent", "23503") for i in range(len(batch))])
+
+    store = Answering(refused, WriteLimits(500, 100_000, 2))
+    patient = msgspec.structs.replace(QUICK, fk_grace=3.0)
+    async with delivering(tmp_path, store, retry=patient) as (spool, _):
+        await accept(spool, [msgspec.structs.replace(record(i), request_data="x" * 20_000) for i in range(60)])
+        account = spool.ledger.accounts["postgres"]
+        await eventually(lambda: account.deferred == 60, what="deferred")
+        store.rule = lambda _: None
+        await settled(spool)
+        assert len(await store.ids()) == 60
+        assert max(store.calls) <= 5
 
 
 async def test_a_new_run_after_a_bug_hands_out_what_was_not_settled(tmp_path):

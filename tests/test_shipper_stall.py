@@ -90,7 +90,7 @@ class Listed:
     def next_due_us(self, _store: str) -> int | None:
         return min((item.due_us for item in self._deferred.values()), default=None)
 
-    async def due(self, _store: str, now_us: int, limit: int) -> Sequence[Deferred]:
+    async def due(self, _store: str, now_us: int, limit: int, _max_bytes: int) -> Sequence[Deferred]:
         return [item for item in self._deferred.values() if item.due_us <= now_us][:limit]
 
     async def finish_deferred(self, item: Deferred, outcome: Leftover | None) -> None:
@@ -104,7 +104,7 @@ class Listed:
             return
         self._key += 1
         self._deferred[self._key] = Deferred(
-            self._key, DYNAMODB, log, 0, 0, why.due_us, why.attempts, why.retry_class, why.reason, why.code, 1
+            self._key, DYNAMODB, log, 0, 0, why.due_us, why.attempts, why.retry_class, why.reason, why.code, 1, 300
         )
 
 

@@ -3,6 +3,7 @@
 Every change carries the audit line, the counters and the corrections of divergence in its own transaction.
 """
 
+import contextlib
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -108,15 +109,21 @@ def rows(connection: sqlite3.Connection, where: str, parameters: Sequence[object
 
 
 def due(
-    connection: sqlite3.Connection, store: str, now_us: int, limit: int, in_hand: frozenset[int]
+    connection: sqlite3.Connection, store: str, *, now_us: int, limit: int, max_bytes: int, in_hand: frozenset[int]
 ) -> tuple[list[Row], Refreshed]:
-    """Deferred rows of a store that are due and that nobody holds."""
-    found = rows(
-        connection,
-        "store = ? AND state = 1 AND due_us <= ? ORDER BY due_us LIMIT ?",
-        (store, now_us, limit + len(in_hand)),
-    )
-    free = [r for r in found if r.key not in in_hand][:limit]
+    """Deferred rows of a store that are due and that nobody holds, within the bounds; one at least, if there is one."""
+    free: list[Row] = []
+    size = 0
+    query = f"SELECT {_COLUMNS} FROM leftovers WHERE store = ? AND state = 1 AND due_us <= ? ORDER BY due_us"
+    # Row by row, so that no more is read than is wanted; closed at the end: a half-read SELECT blocks checkpoints.
+    with contextlib.closing(connection.execute(query, (store, now_us))) as found:
+        for row in (Row(*values) for values in found):
+            if row.key in in_hand:
+                continue
+            size += row.size
+            if len(free) == limit or (free and size > max_bytes):
+                break
+            free.append(row)
     return free, marks.refresh(connection, store, len(in_hand) + len(free))
 
 
@@ -134,6 +141,7 @@ def deferred(row: Row, record: LogRecord, due_us: int) -> Deferred:
         reason=row.reason,
         code=row.code,
         phase=row.phase,
+        size=row.size,
     )
 
 

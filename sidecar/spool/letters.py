@@ -70,12 +70,19 @@ class Letters:
         if held:
             self._account(store).next_due_us = 0
 
-    async def due(self, store: str, now_us: int, limit: int) -> Sequence[Deferred]:
+    async def due(self, store: str, now_us: int, limit: int, max_bytes: int) -> Sequence[Deferred]:
         """See Spool.due."""
         self._parts.flush_now()
         steady = self._parts.steady_us(now_us)
         found, news = await self._parts.read(
-            partial(leftovers.due, store=store, now_us=steady, limit=limit, in_hand=self._held(store))
+            partial(
+                leftovers.due,
+                store=store,
+                now_us=steady,
+                limit=limit,
+                max_bytes=max_bytes,
+                in_hand=self._held(store),
+            )
         )
         out = []
         for row in found:

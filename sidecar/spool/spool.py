@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 from sidecar.clock import Clock
 from sidecar.errors import Busy, SpoolFailed
 from sidecar.record import LogRecord
-from sidecar.settings import Dedup
+from sidecar.settings import MIB, Dedup
 from sidecar.settings import Spool as SpoolSettings
 from sidecar.spool import damage, framing, marks, opening, window
 from sidecar.spool.admission import Admission
@@ -392,9 +392,12 @@ class Spool:
 
     # --- leftovers -------------------------------------------------------------------------------------------------
 
-    async def due(self, store: str, now_us: int, limit: int) -> Sequence[Deferred]:
-        """Deferred records whose time has come, each once until ``finish_deferred`` (or a restart)."""
-        return await self._letters.due(store, now_us, limit)
+    async def due(self, store: str, now_us: int, limit: int, max_bytes: int = 8 * MIB) -> Sequence[Deferred]:
+        """Deferred records whose time has come, each once until ``finish_deferred`` (or a restart).
+
+        As many as ``limit`` and ``max_bytes`` (stored bytes) allow, one at least.
+        """
+        return await self._letters.due(store, now_us, limit, max_bytes)
 
     def next_due_us(self, store: str) -> int | None:
         """When the next deferred record is due, wall-clock microseconds; None: there is none that nobody holds."""

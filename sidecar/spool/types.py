@@ -128,6 +128,7 @@ class Deferred:
     reason: str
     code: str
     phase: int
+    size: int  # stored bytes
 
 
 @dataclass(frozen=True, slots=True)

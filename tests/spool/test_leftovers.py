@@ -163,6 +163,27 @@ async def test_redrive_makes_dead_letters_due_now(tmp_path):
         assert (trail[-1].who, trail[-1].why) == ("me", "mended")
 
 
+async def test_what_is_due_comes_in_bounded_portions(tmp_path):
+    """However many were redriven: no more bytes at once than are asked for, one record at least, each of them once."""
+    async with spool_at(tmp_path) as spool:
+        batch = records(12, size=10_000)
+        await put(spool, batch, SQL_ONLY)
+        await settle_with(spool, "postgres", *(dead(i) for i in range(12)))
+        assert await spool.redrive() == 12
+        came = []
+        while spool.counters("postgres").pending:
+            items = await spool.due("postgres", 1 << 60, 10, 35_000)
+            came += [item.record.log_id for item in items]
+            assert len(items) == 3
+            assert sum(item.size for item in items) <= 35_000
+            held = await spool.due("postgres", 1 << 60, 10, 5_000)
+            assert len(held) == (1 if len(came) < 12 else 0), "a record that is larger than the bound comes alone"
+            came += [item.record.log_id for item in held]
+            for item in (*items, *held):
+                await spool.finish_deferred(item, None)
+        assert sorted(came) == sorted(r.log_id for r in batch)
+
+
 async def test_discard_needs_a_reason_and_leaves_a_trace(tmp_path):
     """Without who or reason nothing happens; with them the record counts as discarded and its status says so."""
     async with spool_at(tmp_path) as spool:
