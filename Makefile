@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Faults, and a minute and more of waiting: with the fault matrix, not with the tests.
+# Faults, and much waiting: with the fault matrix, not with the tests.
 STARTS := tests/spool/test_failed_start.py
 VALIDATION := tests/scenarios/test_consistency.py::test_under_load_retries_restarts_and_a_second_sidecar_nothing_is_called_divergent_that_is_not
+OVERTAKEN := tests/scenarios/test_consistency_overtaken.py
 WORKERS ?= 3  # tests mostly wait for processes and disks: more workers than a small machine has cores
 FAULT_WORKERS ?= 4
 
@@ -31,16 +32,16 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix sidecar tests benchmarks
 
 test: check  ## everything that needs no root: at most 8 minutes
-	$(BIN)/pytest -m 'not root' --ignore=tests/faults --ignore=$(STARTS) --deselect $(VALIDATION) -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -m 'not root' --ignore=tests/faults --ignore=$(STARTS) --ignore=$(OVERTAKEN) --deselect $(VALIDATION) -n $(WORKERS) --dist worksteal
 
 ci-faults: $(STAMP)  ## the fault matrix with CI's counts: at most 9 minutes; without root some rows are named as not run
-	SPOOL_MODEL=100 VALIDATION_SECONDS=90 $(BIN)/pytest $(VALIDATION) $(STARTS) tests/spool/test_model.py tests/faults -n $(FAULT_WORKERS) --dist worksteal
+	SPOOL_MODEL=100 VALIDATION_SECONDS=90 $(BIN)/pytest $(VALIDATION) $(OVERTAKEN) $(STARTS) tests/spool/test_model.py tests/faults -n $(FAULT_WORKERS) --dist worksteal
 
 faults: $(STAMP)  ## the fault matrix with the long counts (ROWS=f3_ for one row, FAULTS_SEED=7 for a seed that failed)
 	FAULTS_LONG=1 $(BIN)/pytest tests/faults -n $(WORKERS) --dist worksteal $(if $(ROWS),-k '$(ROWS)')
 	$(if $(ROWS),,SPOOL_MODEL=2000 $(BIN)/pytest tests/spool/test_model.py)
 	$(if $(ROWS),,FAULTS_LONG=1 $(BIN)/pytest tests/fleet/test_simulation.py -n $(WORKERS))
-	$(if $(ROWS),,VALIDATION_SECONDS=90 $(BIN)/pytest tests/scenarios/test_consistency.py -k under_load)
+	$(if $(ROWS),,VALIDATION_SECONDS=90 $(BIN)/pytest $(VALIDATION) $(OVERTAKEN))
 
 ci-integration: $(STAMP)  ## real clients, a real browser, the rollout's real tools; root; at most 6 minutes
 	PYTHON='$(PYTHON)' VENV='$(VENV)' tests/integration/install

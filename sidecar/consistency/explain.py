@@ -133,10 +133,8 @@ class Explainer:
         if not candidates:
             return
         self.settled = await patiently(lambda: self._whereabouts.settle(self._rules.settle), self._clock)
-        if self.settled.knows_all:
-            late = self._clock.monotonic() + min(self._rules.settle, _MIRRORED)
-        else:
-            late = read_at + self._rules.settle
+        settled_at = self._clock.monotonic()
+        late = settled_at + _MIRRORED if self.settled.knows_all else read_at + self._rules.settle
         asked_at, fates = self._clock.monotonic(), await self._fates(candidates)
         for start in range(0, len(candidates), PART):
             if asked_at < late <= self._clock.monotonic():  # once for all that are left, and not again for each part
