@@ -50,6 +50,8 @@ _FULL: Final = _raw(
     "all connections that listen.max_connections allows are open; reuse one, or send again shortly",
     "Retry-After: 1",
 )
+_MALFORMED: Final = "not a request that HTTP/1.1 allows, or its head is too long; see docs/API.md"
+_UNREADABLE: Final = _raw("400 Bad Request", "malformed_request", _MALFORMED)
 _SLOW_HEAD: Final = _raw(
     "408 Request Timeout", "header_timeout", "the request's head was not complete in time (listen.header_timeout)"
 )
@@ -119,7 +121,11 @@ class _Connection(web.RequestHandler):
         if data is None:
             return
         self._lane = None
-        super().data_received(data)
+        try:
+            super().data_received(data)
+        except Exception:  # noqa: BLE001  (the parser stumbled: its errors are no errors of HTTP, nor of whoever called)
+            self._is_unreadable()
+            return
         waiter = self._waiter
         if waiter is not None and not waiter.done():  # still waiting for a request, though bytes came: half a head
             if self._head_timer is None and data:
@@ -157,6 +163,16 @@ class _Connection(web.RequestHandler):
             resp.headers["Server"] = errors.SERVER
         return await super().finish_response(request, resp, start_time)
 
+    def _is_unreadable(self) -> None:
+        """The parser knows neither this request nor why: 400, but what was asked before is answered first."""
+        waiter = self._waiter
+        if self._messages or (self._request_count and (waiter is None or waiter.done())):
+            self.close()
+            return
+        if self.transport is not None:
+            self.transport.write(_UNREADABLE)
+        self.force_close()
+
     def _head_is_late(self) -> None:
         if self.transport is not None:
             self.transport.write(_SLOW_HEAD)
@@ -180,7 +196,7 @@ class _Connection(web.RequestHandler):
             response = errors.error_answer(
                 status,
                 "malformed_request",
-                "not a request that HTTP/1.1 allows, or its head is too long; see docs/API.md",
+                _MALFORMED,
             )
         response.headers["Server"] = errors.SERVER
         response.force_close()

@@ -163,6 +163,36 @@ async def test_what_is_not_common_is_judged_by_aiohttp(door, lines, status):
         assert lanes(door) == 0
 
 
+# A target at which the HTTP library's parser stumbles: an IndexError, none of its own errors.
+UNREADABLE = b"OPTIONS ws://*[v1.a]@ HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "before", [b"", request(GOOD), request(GOOD, "X-Unknown: 1")], ids=["alone", "express", "aiohttp"]
+)
+async def test_a_request_at_which_the_parser_stumbles_is_400(door, before):
+    """Alone, or pipelined behind one of either lane: that one is answered, then the connection is closed."""
+    async with connected(door) as (reader, writer):
+        if before:
+            writer.write(before)
+            assert (await answer(reader))[0] == 202
+        writer.write(UNREADABLE)
+        status, _, document = await answer(reader)
+        assert (status, document["error"]["code"]) == (400, "malformed_request")
+        assert await reader.read() == b""
+
+
+async def test_a_request_at_which_the_parser_stumbles_harms_nobody_whose_record_travels_with_the_one_before(door):
+    """Five connections in one turn; the first has the unreadable request behind its record: five answers."""
+    async with contextlib.AsyncExitStack() as stack:
+        pairs = [await stack.enter_async_context(connected(door)) for _ in range(5)]
+        for i, (_, writer) in enumerate(pairs):
+            writer.write(request(GOOD) + (UNREADABLE if i == 0 else b""))
+        for reader, _ in pairs:
+            assert (await answer(reader))[0] == 202
+        assert (await answer(pairs[0][0]))[0] == 400
+
+
 async def test_a_foreign_host_is_refused(door):
     """The Host check holds: 403 from the general lane."""
     async with connected(door) as (reader, writer):
