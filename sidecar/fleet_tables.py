@@ -17,7 +17,7 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
-from sidecar.gaps import GapLedger
+from sidecar.gaps import GapKind, GapLedger
 from sidecar.phase import Phase, StoreName
 
 NO_EPOCH: Final = 0
@@ -84,6 +84,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     open_gaps: dict[StoreName, int] = {}
     shadow: dict[str, int] = {}  # shadow reads since the process started: ``compared``, ``unexplained``
     holds: tuple[Hold, ...] | None = None  # of who leads, for the others to show; None: this one does not
+    gaps: tuple[tuple[StoreName, GapKind, int], ...] = ()  # likewise: records of open gaps, as it read the ledgers last
     at_us: int = 0
 
     @property

@@ -52,6 +52,8 @@ _PATIENCE: Final = 5.0  # seconds that a request waits for one release
 _PAUSE: Final = 1.0  # seconds after the ledger could not be written
 _CAMPAIGN_HOURS: Final = 2_000
 _REFRESH: Final = 300.0  # seconds between two looks at the ledgers; each opens a connection that soon closes again
+_AT_MOST: Final = 100  # looks take one part of so many of the time: a ledger of many lines is read less often
+_TICK: Final = 1.0  # seconds between two questions whether it is time
 _FRESH: Final = 1.0  # seconds after a look in which a gap that is not known is taken not to be there
 _HOUR_US: Final = 3_600_000_000
 
@@ -92,6 +94,20 @@ class SpoolPort(Protocol):
         ...
 
 
+class Fleet(Protocol):
+    """Which of several sidecars looks at the ledgers for all of them (``sidecar.app.phases.InForce``)."""
+
+    @property
+    def looks_every(self) -> float:
+        """Seconds between two looks of this one; inf where another one looks."""
+        ...
+
+    @property
+    def told_gaps(self) -> Mapping[tuple[StoreName, GapKind], int] | None:
+        """Open gaps as the one that looks tells; None: this is the one, or none is known."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     """A request that waits for room, and how full the spool was when it began to."""
@@ -127,17 +143,20 @@ class Overflow:
         instance: str,
         clock: Clock,
         releasable: Callable[[], Container[StoreName]] = lambda: STORES,
+        fleet: Fleet | None = None,
     ) -> None:
         """Join the parts.
 
         ``releasable`` says whose backlog may go at this instant; asked before the ledger is written and again before
         the release. ``policy`` is the phase in force, ``delivering`` whether a store takes records now, ``options``
-        give cap and watermarks, ``instance`` is this one's name.
+        give cap and watermarks, ``instance`` is this one's name. ``fleet``: who looks at the ledgers
+        for all, and what it tells; None: nobody does, and they are read every five minutes.
         """
         self._spool = spool
         self._ledgers = ledgers
         self._policy = policy
         self._releasable = releasable
+        self._fleet = fleet
         self._delivering = delivering
         self._instance = instance
         self._clock = clock
@@ -281,6 +300,9 @@ class Overflow:
 
     def open_gaps(self) -> dict[tuple[StoreName, GapKind], int]:
         """(store, kind) -> records of open gaps of the whole fleet, as the ledgers were read last."""
+        told = None if self._fleet is None else self._fleet.told_gaps
+        if told is not None:
+            return dict(told)
         found: Counter[tuple[StoreName, GapKind]] = Counter()
         for line in summed([line for lines in self._known.values() for line in lines]):
             found[line.store, line.kind] += line.open
@@ -313,10 +335,15 @@ class Overflow:
                 log.info("gap ledger not read", extra={"store": store, "reason": error.reason})
 
     async def watch(self) -> None:
-        """Read the ledgers from time to time."""
+        """Read the ledgers: who looks for all of them at each heartbeat, or less often where that is costly."""
+        took = 0.0
         while True:
-            await self._look()
-            await self._clock.sleep(_REFRESH)
+            every = _REFRESH if self._fleet is None else self._fleet.looks_every
+            now = self._clock.monotonic()
+            if now - self._looked_at >= min(max(every, took * _AT_MOST), _REFRESH):
+                await self._look()
+                took = self._clock.monotonic() - now
+            await self._clock.sleep(min(_TICK, every))
 
 
 def _key(store: StoreName) -> str:

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -343,5 +345,95 @@ async def test_an_open_gap_is_known_by_store_and_hour_and_the_ledgers_are_read_a
             assert not await overflow.lacks(DYNAMODB, 8 * hour, 9 * hour)
             assert not await overflow.lacks(DYNAMODB, 0, 7 * hour - 1)
             assert not await overflow.lacks(POSTGRES, 7 * hour, 7 * hour)
+    finally:
+        await spool.close()
+
+
+class Jumps(SystemClock):
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self, end: float) -> None:
+        self.now = 0.0
+        self._end = end
+        self.over = asyncio.Event()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now >= self._end:
+            self.over.set()
+        await asyncio.sleep(0)
+
+
+class Slow(Ledger):
+    """A ledger that takes some seconds to be read, or is read at once."""
+
+    reads = 0
+
+    def __init__(self, clock: Jumps, takes: float) -> None:
+        super().__init__()
+        self._jumps = clock
+        self._takes = takes
+
+    async def gaps(self):
+        self.reads += 1
+        self._jumps.now += self._takes
+        return await super().gaps()
+
+
+@pytest.mark.parametrize(
+    ("every", "takes", "looks"),
+    [(10.0, 0.0, range(115, 121)), (10.0, 1.0, range(11, 13)), (10.0, 60.0, range(4, 5)), (math.inf, 0.0, range(4, 6))],
+    ids=["at each heartbeat", "at most a hundredth of the time", "every five minutes at least", "another one looks"],
+)
+async def test_the_ledgers_are_read_as_often_as_it_costs_little(tmp_path, every, takes, looks):
+    """In twenty minutes, of one ledger."""
+    spool, clock = opened(tmp_path), Jumps(1200.0)
+    ledger = Slow(clock, takes)
+    overflow = Overflow(
+        spool,
+        ledgers={POSTGRES: ledger},
+        policy=lambda: TABLE[Phase.SQL_ONLY],
+        delivering=lambda _: True,
+        options=OPTIONS,
+        instance="pod-1",
+        clock=clock,
+        fleet=SimpleNamespace(looks_every=every, told_gaps=None),
+    )
+    task = asyncio.create_task(overflow.watch())
+    try:
+        async with asyncio.timeout(30):
+            await clock.over.wait()
+        assert ledger.reads in looks
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await spool.close()
+
+
+async def test_what_another_one_tells_is_shown_instead_of_an_old_look(tmp_path):
+    """Also that nothing is open any more."""
+    spool, ledger = opened(tmp_path), Ledger()
+    try:
+        await ledger.put_gaps([GapLine(store=DYNAMODB, kind="history", hour=1, source="x", opened=3)])
+        fleet = SimpleNamespace(looks_every=math.inf, told_gaps=None)
+        overflow = Overflow(
+            spool,
+            ledgers={POSTGRES: ledger, DYNAMODB: ledger},
+            policy=lambda: TABLE[Phase.SQL_ONLY],
+            delivering=lambda _: True,
+            options=OPTIONS,
+            instance="pod-1",
+            clock=SystemClock(),
+            fleet=fleet,
+        )
+        assert await overflow.lacks(DYNAMODB, 3_600_000_000, 3_600_000_001)
+        assert overflow.open_gaps() == {(DYNAMODB, "history"): 3}
+        fleet.told_gaps = {(DYNAMODB, "history"): 5}
+        assert overflow.open_gaps() == {(DYNAMODB, "history"): 5}
+        fleet.told_gaps = {}
+        assert overflow.open_gaps() == {}
     finally:
         await spool.close()

@@ -12,6 +12,7 @@ gap lines are copied to the ledger that the phase's gates ask; the phase is reme
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -38,6 +39,7 @@ from sidecar.fleet import (
 from sidecar.fleet import Use as FleetUse
 from sidecar.fleet.clock import BootClock
 from sidecar.fleet_tables import FleetRecord, FleetStore
+from sidecar.gaps import GapKind
 from sidecar.gates import Report
 from sidecar.intake import Standing
 from sidecar.metrics import Metrics, Row
@@ -97,7 +99,7 @@ class FleetPhase:
         instance: str,
         gates: MakeGates,
         metrics: Metrics,
-        open_gaps: Callable[[], Mapping[StoreName, int]],
+        open_gaps: Callable[[], Mapping[tuple[StoreName, GapKind], int]],
         shadow: Callable[[], Mapping[str, int]],
         clock: Clock,
     ) -> None:
@@ -149,7 +151,7 @@ class FleetPhase:
         instance: str,
         gates: MakeGates,
         metrics: Metrics,
-        open_gaps: Callable[[], Mapping[StoreName, int]] = dict,
+        open_gaps: Callable[[], Mapping[tuple[StoreName, GapKind], int]] = dict,
         shadow: Callable[[], Mapping[str, int]] = dict,
         clock: Clock | None = None,
     ) -> "FleetPhase":
@@ -201,6 +203,17 @@ class FleetPhase:
     def releasable(self) -> Container[StoreName]:
         """See InForce."""
         return self.member.releasable
+
+    @property
+    def looks_every(self) -> float:
+        """See InForce; at each heartbeat, which tells the others."""
+        return self._interval if self.controller.outlook.leads else math.inf
+
+    @property
+    def told_gaps(self) -> Mapping[tuple[StoreName, GapKind], int] | None:
+        """See InForce."""
+        leader = self.controller.outlook.leader
+        return None if leader is None else {(store, kind): n for store, kind, n in leader.gaps}
 
     def use(self) -> AbstractContextManager[Use]:
         """See InForce."""
@@ -310,14 +323,16 @@ class FleetPhase:
 
     def _load(self) -> Load:
         counters = {store: self._spool.counters(store) for store in STORES}
+        gaps = self._open_gaps()
         return Load(
             pending={store: each.pending for store, each in counters.items()},
             oldest_pending_us={
                 store: each.oldest_pending_us for store, each in counters.items() if each.oldest_pending_us is not None
             },
             dead_letters={store: each.dead_lettered for store, each in counters.items()},
-            open_gaps=dict(self._open_gaps()),
+            open_gaps={store: sum(n for (of, _), n in gaps.items() if of == store) for store in STORES},
             shadow=dict(self._shadow()),
+            gaps=tuple((store, kind, n) for (store, kind), n in gaps.items()) if self.controller.outlook.leads else (),
         )
 
     # --- what gates ask --------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """How the phase is put together: who decides it, what is looked at before a step, the ledger of what it leaves out."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,7 +83,7 @@ async def open_phase(
             instance=instance,
             gates=gates,
             metrics=metrics,
-            open_gaps=lambda: _by_store(asked.open_gaps()),
+            open_gaps=asked.open_gaps,
             shadow=asked.shadow,
         )
         control = FleetControl(fleet, spool=spool, canary=canary, settings=settings, clock=clock)
@@ -114,13 +113,6 @@ async def open_phase(
     if isinstance(phase, FleetPhase):
         phase.republish = not_owed.republish
     return Phased(phase, not_owed, control)
-
-
-def _by_store(gaps: Mapping[tuple[StoreName, GapKind], int]) -> dict[StoreName, int]:
-    found: Counter[StoreName] = Counter()
-    for (store, _kind), n in gaps.items():
-        found[store] += n
-    return dict(found)
 
 
 def _own_report(instance: str, phase: Alone, spool: Spool, shadow: Mapping[str, int], clock: Clock) -> Report:

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from sidecar.app import observe
 from sidecar.app.parts import SpoolMemory
 from sidecar.clock import Clock
+from sidecar.gaps import GapKind
 from sidecar.intake import Firm, Hold, Standing
 from sidecar.metrics import Metrics
 from sidecar.migration import Desired, PhaseSwitch, Transition
@@ -57,6 +58,16 @@ class InForce(Protocol):
     @property
     def releasable(self) -> Container[StoreName]:
         """Stores whose backlog may be released at this instant."""
+        ...
+
+    @property
+    def looks_every(self) -> float:
+        """Seconds between two looks of this instance at the gap ledgers; inf where another one looks for it."""
+        ...
+
+    @property
+    def told_gaps(self) -> Mapping[tuple[StoreName, GapKind], int] | None:
+        """Open gaps as the one that leads tells; None: this one leads, or it is not known who does."""
         ...
 
     def use(self) -> AbstractContextManager[Use]:
@@ -191,6 +202,15 @@ class Alone:
     def releasable(self) -> Container[StoreName]:
         """All: what must not go is required, and the spool knows that."""
         return STORES
+
+    @property
+    def looks_every(self) -> float:
+        """As often as one that leads."""
+        return self._settings().fleet.heartbeat
+
+    @property
+    def told_gaps(self) -> None:
+        """There is nobody to tell."""
 
     def use(self) -> AbstractContextManager[Use]:
         """See InForce."""

@@ -144,8 +144,7 @@ class _Sidecar:
     async def _open_spool(self) -> None:
         options = self._settings.spool
         directory = Path(options.directory)
-        opening = asyncio.to_thread(Spool.open, directory, options, self._settings.dedup, STORES, self._clock)
-        self._spool = await opening
+        self._spool = await asyncio.to_thread(Spool.open, directory, options, self._settings.dedup, STORES, self._clock)
         self._spool.on_failure = self._spool_failed
         self._spool.observe_commits(self._metrics.spool_commit_seconds.observe)
         for message in self._spool.recovery.messages:
@@ -242,6 +241,7 @@ class _Sidecar:
             options=self._settings.spool,
             instance=self._instance(),
             clock=self._clock,
+            fleet=self._phase,
         )
         observe.observe_delivery(self._metrics, self._shippers, self._standings)
         observe.observe_pushback(self._metrics, self._spool, self._closed)

@@ -25,6 +25,7 @@ from sidecar.clock import Clock
 from sidecar.errors import Busy, SidecarError, SpoolFailed, StoreError
 from sidecar.fleet import protocol
 from sidecar.fleet_tables import NO_EPOCH, FleetRecord, FleetStore, Heartbeat, Hold
+from sidecar.gaps import GapKind
 from sidecar.phase import Phase, Policy, StoreName
 
 SOON: Final = 1.0  # seconds until the next round while a change is being applied
@@ -50,6 +51,7 @@ class Load:
     dead_letters: dict[StoreName, int] = field(default_factory=dict)
     open_gaps: dict[StoreName, int] = field(default_factory=dict)
     shadow: dict[str, int] = field(default_factory=dict)  # reads compared, and unexplained, since the start
+    gaps: tuple[tuple[StoreName, GapKind, int], ...] = ()  # from who leads: of the whole fleet
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +287,7 @@ class FleetMember:
             open_gaps=load.open_gaps,
             shadow=load.shadow,
             holds=None if self._left else self._holds(),
+            gaps=load.gaps,
             at_us=self._clock.now_us(),
         )
 

@@ -284,6 +284,16 @@ class Crew:
         except AssertionError:
             raise AssertionError(f"not held by {gate}: {seen}") from None
 
+    async def shows_gaps(self, *, open_now: bool) -> None:
+        """Await that every instance's metrics say that some gap is open, or that none is."""
+        for pod in self.pods.values():
+
+            async def said(pod: Sidecar = pod) -> bool:
+                seen = await pod.metrics()
+                return open_now is any(n for name, n in seen.items() if name.startswith("sidecar_open_gap_records"))
+
+            await eventually(said, every=0.1, what=f"gaps open on {pod.url}: {open_now}")
+
     async def told(self, gate: str, *, seconds: float = 20.0) -> None:
         """Await that every instance, whoever is asked, names the same leader and this reason."""
         seen: list[Any] = []

@@ -50,6 +50,7 @@ async def test_a_jump_is_walked_step_by_step_as_its_gates_turn_green(quick_stand
             fleet.swap("dynamo_only")
             await fleet.reaches("dual_write")
             await fleet.held("no_open_gap")
+            await fleet.shows_gaps(open_now=True)
             async with fleet.quiet():
                 await fleet.command("a", "validate", "--all")
             await fleet.writes()
@@ -57,6 +58,7 @@ async def test_a_jump_is_walked_step_by_step_as_its_gates_turn_green(quick_stand
             await fleet.command("a", "backfill", "--from", "postgres", "--to", "dynamodb")
             await fleet.reaches("dual_write_read_dynamo")
             await fleet.reads("dynamodb")
+            await fleet.shows_gaps(open_now=False)
             await fleet.held("reverse_feasible")
             await fleet.writes()
             assert {(await fleet.phase(name))["applied"] for name in "abc"} == {"dual_write_read_dynamo"}
