@@ -67,6 +67,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
 
     instance: str
     incarnation: str  # drawn at process start: a restarted process is another one
+    spool: str = ""  # which one it works on: one at a time has it; "": an earlier version does not say
     seq: int
     state: Literal["running", "drained"] = "running"
     epoch: int = NO_EPOCH

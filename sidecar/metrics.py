@@ -68,6 +68,9 @@ OBSERVATIONS: Mapping[str, Observation] = {
     "phase_held": Observation("gauge", "1 for each gate that stops a phase change now.", ("gate",)),
     "fleet_fenced": Observation("gauge", "1 while this instance has lost touch with the fleet."),
     "fleet_instances": Observation("gauge", "Instances as the fleet's leader sees them.", ("phase", "state")),
+    "fleet_shared_names": Observation(
+        "gauge", "Names that more than one process bears, as the fleet's leader sees them."
+    ),
     "config_last_reload_successful": Observation("gauge", "1 if the configuration file is the one in force."),
     "config_last_reload_success_timestamp_seconds": Observation("gauge", "When a configuration last came into force."),
     "config_info": Observation("gauge", "1; labelled with the content hash of the configuration.", ("hash",)),

@@ -268,6 +268,14 @@ def _phases(s: Scale) -> tuple[Alert, ...]:
             f"{AT_APP}: {{{{ $value }}}} instances send no heartbeat and still count; no step is made",
         ),
         Alert(
+            "SidecarNameShared",
+            "phase",
+            f"max by ({APP}) (sidecar_fleet_shared_names) > 0",
+            s.hold(2 * MINUTE),
+            "warning",
+            f"{AT_APP}: {{{{ $value }}}} names are borne by more than one pod; give each its own `instance`",
+        ),
+        Alert(
             "SidecarFenced",
             "phase",
             f"max by ({POD}) (sidecar_fleet_fenced) == 1",

@@ -34,6 +34,7 @@ from sidecar.fleet import (
     Presence,
     StepGate,
     Wish,
+    current,
     protocol,
 )
 from sidecar.fleet import Use as FleetUse
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 _FIRST_EXCHANGE: Final = 3.0  # seconds that a start waits for it
 _FAREWELL: Final = 2.0  # seconds for the last heartbeat
 _SOON: Final = 0.5  # seconds between two ticks while something is moving
+_SPOOL: Final = "fleet_spool"  # key of the spool's name, in its meta table
 _MOST_TOLD: Final = 10  # reasons in a leader's heartbeat
 _LONGEST_TOLD: Final = 300  # characters of each text
 
@@ -96,7 +98,7 @@ class FleetPhase:
         *,
         switch: PhaseSwitch,
         obligations: Obligations,
-        instance: str,
+        identity: Identity,
         gates: MakeGates,
         metrics: Metrics,
         open_gaps: Callable[[], Mapping[tuple[StoreName, GapKind], int]],
@@ -117,7 +119,7 @@ class FleetPhase:
         fleet = settings().fleet
         self._interval = fleet.heartbeat
         self.member = FleetMember(
-            Identity(instance, secrets.token_hex(8), __version__),
+            identity,
             stores,
             clock,
             wish=self._wish,
@@ -138,6 +140,7 @@ class FleetPhase:
             on_change=self._said,
         )
         self._held: frozenset[str] = frozenset()
+        self._shared_names: tuple[str, ...] = ()
         self._observe(metrics)
 
     @classmethod
@@ -172,7 +175,7 @@ class FleetPhase:
             settings,
             switch=switch,
             obligations=obligations,
-            instance=instance,
+            identity=Identity(instance, secrets.token_hex(8), __version__, await _name_of(spool)),
             gates=gates,
             metrics=metrics,
             open_gaps=open_gaps,
@@ -259,6 +262,7 @@ class FleetPhase:
                 "record": None if record is None else record_document(record),
                 "holds": outlook.told,
                 "instances": states,
+                "shared_names": outlook.shared_names,
                 "trouble": member.trouble,
             },
         }
@@ -338,13 +342,8 @@ class FleetPhase:
     # --- what gates ask --------------------------------------------------------------------------------------------
 
     def reports(self) -> Sequence[Report]:
-        """Of every instance the newest process, as observed last; of one that restarted, not what it was before."""
-        newest: dict[str, Member] = {}
-        for member in self.controller.census.members:
-            known = newest.get(member.heartbeat.instance)
-            if known is None or (member.counts, -member.unchanged_s) > (known.counts, -known.unchanged_s):
-                newest[member.heartbeat.instance] = member
-        return [report_of(member) for member in newest.values()]
+        """Of every process as observed last; of one that restarted, not what it was before."""
+        return [report_of(member) for member in current(self.controller.census.members)]
 
     def _since(self) -> int | None:
         record = self.member.applied
@@ -370,7 +369,13 @@ class FleetPhase:
     # --- what is said ----------------------------------------------------------------------------------------------
 
     def _said(self, outlook: Outlook) -> None:
-        """One log line per change of reason."""
+        """One log line per change of reason, and of the names that several processes bear."""
+        if outlook.shared_names != self._shared_names:
+            self._shared_names = outlook.shared_names
+            if outlook.shared_names:
+                log.error("processes share a name: give each its own `instance`", extra={"names": outlook.shared_names})
+            else:
+                log.info("no name is shared any more")
         held = frozenset(hold.gate for hold in outlook.holds)
         if held == self._held:
             return
@@ -392,6 +397,12 @@ class FleetPhase:
         )
         metrics.observe("fleet_fenced", lambda: [((), float(self.member.fenced))])
         metrics.observe("fleet_instances", self._instances)
+        metrics.observe("fleet_shared_names", self._shared)
+
+    def _shared(self) -> list[Row]:
+        """As the leader sees them; nobody else says anything."""
+        outlook = self.controller.outlook
+        return [((), float(len(outlook.shared_names)))] if outlook.leads else []
 
     def _instances(self) -> list[Row]:
         """By phase and presence, as the leader sees them; nobody else says anything."""
@@ -402,6 +413,15 @@ class FleetPhase:
             if each.heartbeat.phase is not None:
                 counts[each.heartbeat.phase.label, each.presence.value] += 1
         return [(labels, float(n)) for labels, n in counts.items()]
+
+
+async def _name_of(spool: Spool) -> str:
+    """That the spool keeps for as long as its volume lives; drawn at its first start. Raises Busy, SpoolFailed."""
+    name = spool.meta(_SPOOL)
+    if name is None:
+        name = secrets.token_hex(4)
+        await spool.set_meta(_SPOOL, name)
+    return name
 
 
 def report_of(member: Member) -> Report:

@@ -10,7 +10,7 @@
 * ``stores``      the port of each real store
 """
 
-from sidecar.fleet.census import Census, Member, Presence
+from sidecar.fleet.census import Census, Member, Presence, current, shared_names
 from sidecar.fleet.controller import Controller
 from sidecar.fleet.member import FleetMember, Identity, Load, Use, Wish
 from sidecar.fleet.memory import MemoryFleetStore
@@ -44,4 +44,6 @@ __all__ = [
     "Use",
     "Wish",
     "build_fleet_stores",
+    "current",
+    "shared_names",
 ]

@@ -5,6 +5,11 @@ heartbeat that this observer first saw at least the process's own ``fence_after`
 taken *before* the stores are read; so at that time the process's fence had fallen, and if it has come back since, it
 announced itself after these reads and reads its record after that. The margin covers two clocks that run at
 different speeds.
+
+ONE NAME, SEVERAL PROCESSES. A process whose spool another one has gone on with is history (:func:`current`): the
+spool's lock lets one at a time in. Under one name with different spools each speaks for itself, whether a volume was
+lost or two pods were given one ``instance``: no gate overlooks what either of them has. Two that share a name are told
+(:func:`shared_names`): each was heard after the other was known, as no process is that is dead.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,6 +42,7 @@ class Member:
     heartbeat: Heartbeat
     presence: Presence
     unchanged_s: float  # since this observer first saw this heartbeat
+    known_s: float = 0.0  # since it first saw any of this process
 
     @property
     def counts(self) -> bool:
@@ -54,6 +60,7 @@ class Census:
 
     def __init__(self) -> None:
         self._first_seen: dict[tuple[str, str], tuple[int, float]] = {}
+        self._known_since: dict[tuple[str, str], float] = {}
         self._complete = False
         self.members: Sequence[Member] = ()
 
@@ -70,6 +77,7 @@ class Census:
         newest = _newest(row for held in rows.values() for row in held)
         if self._complete:
             self._first_seen = {key: seen for key, seen in self._first_seen.items() if key in newest}
+            self._known_since = {key: since for key, since in self._known_since.items() if key in newest}
         self.members = tuple(
             self._classify(row, asked_at, answered_at) for row in sorted(newest.values(), key=lambda row: row.key)
         )
@@ -92,7 +100,46 @@ class Census:
             presence = Presence.SILENT
         else:
             presence = Presence.LIVE
-        return Member(row, presence, unchanged)
+        since = self._known_since.setdefault(row.key, answered_at)
+        return Member(row, presence, unchanged, max(0.0, asked_at - since))
+
+
+def current(members: Sequence[Member]) -> Sequence[Member]:
+    """Without those whose spool another process of their name has gone on with."""
+    return [
+        each
+        for same in _by_instance(members).values()
+        for each in same
+        if len(same) == 1 or not any(_goes_on(other, each) for other in same)
+    ]
+
+
+def shared_names(members: Sequence[Member]) -> Sequence[str]:
+    """Names under which more than one process is at work, sorted."""
+    return sorted(
+        name
+        for name, same in _by_instance(members).items()
+        if any(_at_once(a, b) for at, a in enumerate(same) for b in same[at + 1 :])
+    )
+
+
+def _by_instance(members: Sequence[Member]) -> dict[str, list[Member]]:
+    found: dict[str, list[Member]] = {}
+    for member in members:
+        found.setdefault(member.heartbeat.instance, []).append(member)
+    return found
+
+
+def _at_once(a: Member, b: Member) -> bool:
+    live = a.presence is Presence.LIVE and b.presence is Presence.LIVE
+    return live and a.unchanged_s < b.known_s and b.unchanged_s < a.known_s
+
+
+def _goes_on(new: Member, old: Member) -> bool:
+    """Whether ``new`` has the spool that ``old`` had, as far as their heartbeats say which."""
+    spools = {new.heartbeat.spool, old.heartbeat.spool}
+    later = (new.counts, -new.unchanged_s, new.heartbeat.key) > (old.counts, -old.unchanged_s, old.heartbeat.key)
+    return later and (len(spools) == 1 or "" in spools) and not _at_once(new, old)
 
 
 def _newest(rows: Iterable[Heartbeat]) -> dict[tuple[str, str], Heartbeat]:

@@ -25,7 +25,7 @@ import msgspec
 from sidecar.clock import Clock
 from sidecar.errors import RetryClass, SidecarError, SpoolFailed, StoreError
 from sidecar.fleet import decision, protocol
-from sidecar.fleet.census import Census
+from sidecar.fleet.census import Census, shared_names
 from sidecar.fleet.decision import Decision, PhaseAuthority, View
 from sidecar.fleet.member import FleetMember, Wish
 from sidecar.fleet.outlook import Evidences, Finding, Outlook, StepGate, evidence_of
@@ -194,7 +194,8 @@ class Controller:
         if record is None:
             hold = Hold("record_not_lost", "no store has the fleet record", f"the record of epoch {known.epoch}")
             return replace(base, leads=True, holds=self._dated((hold,)))
-        base = replace(base, record=record, leads=True, members=view.members)
+        shared = tuple(shared_names(view.members))
+        base = replace(base, record=record, leads=True, members=view.members, shared_names=shared)
         await self._forget()
         decided = decision.decide(view, self._authority)
         if decided.move is not None:
@@ -354,7 +355,8 @@ class Controller:
         for gate, ok in list(self._since):  # a reason that went away begins anew when it comes back
             if not ok and gate not in held:
                 del self._since[gate, ok]
-        if held != {h.gate for h in before.holds} or outlook.record != before.record:
+        changed = outlook.record != before.record or outlook.shared_names != before.shared_names
+        if changed or held != {h.gate for h in before.holds}:
             self._on_change(outlook)
         return outlook
 

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from sidecar.fleet import protocol
-from sidecar.fleet.census import Member
+from sidecar.fleet.census import Member, current
 from sidecar.fleet.member import Wish
 from sidecar.fleet.protocol import Change, Move
 from sidecar.fleet_tables import FleetRecord, Hold
@@ -123,11 +123,11 @@ def accepted(record: FleetRecord, members: Sequence[Member]) -> tuple[Wish | Non
     Without ``phase_epoch`` all instances that count must agree. With it, the highest is followed, and every other
     configuration that names another phase than the fleet's wish moves nothing (``epoch_conflict``).
     """
-    wishes = {
-        m.heartbeat.instance: Wish(m.heartbeat.desired, m.heartbeat.phase_epoch, m.heartbeat.force)
-        for m in members
-        if m.counts and m.heartbeat.desired is not None
-    }
+    wishes: dict[str, Wish] = {}
+    for row in (m.heartbeat for m in current(members) if m.counts):
+        if row.desired is not None:
+            name = row.instance if row.instance not in wishes else f"{row.instance} ({row.incarnation})"
+            wishes[name] = Wish(row.desired, row.phase_epoch, row.force)
     top = max((w.phase_epoch or 0 for w in wishes.values()), default=0)
     if top > record.phase_epoch:
         voters = [w for w in wishes.values() if w.phase_epoch == top]

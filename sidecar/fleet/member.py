@@ -61,6 +61,7 @@ class Identity:
     instance: str
     incarnation: str
     version: str = ""
+    spool: str = ""  # the name that its spool keeps
 
 
 class Use:
@@ -270,6 +271,7 @@ class FleetMember:
         return Heartbeat(
             instance=self.identity.instance,
             incarnation=self.identity.incarnation,
+            spool=self.identity.spool,
             seq=self._seq,
             state="drained" if self._left else "running",
             epoch=self._claimed,

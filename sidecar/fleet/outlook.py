@@ -75,6 +75,7 @@ class Outlook:
     findings: tuple[Finding, ...] = ()  # gates of the step that is due
     members: Sequence[Member] = ()
     leader: Heartbeat | None = None  # who leads, where that is another one, as it tells
+    shared_names: tuple[str, ...] = ()  # that more than one process bears, as who leads sees them
     done: tuple[str, ...] = ()  # changes made by this tick, e.g. "step to dual_write"
 
     @property

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sidecar.fleet import Census, Heartbeat, Presence
+from sidecar.fleet import Census, Heartbeat, Presence, current, shared_names
 from sidecar.phase import DYNAMODB, POSTGRES
 from sidecar.stores.lease import Lease, LeaseWatch
 
@@ -95,3 +95,86 @@ def test_anothers_lease_may_be_taken_when_it_was_seen_unchanged_for_its_time() -
     assert not watch.may_take("x", Lease("other", 2, 30.0), "me", 29.0)
     assert not watch.may_take("x", Lease("other", 2, 30.0), "me", 58.9)
     assert watch.may_take("x", Lease("other", 2, 30.0), "me", 59.0)
+
+
+# --- one name, several processes --------------------------------------------------------------------------------------
+
+
+class Watched:
+    """An observer of processes of one name, each ``(incarnation, spool)`` with the number of its last heartbeat."""
+
+    def __init__(self) -> None:
+        self.census = Census()
+        self.at = 0.0
+        self.rows: dict[str, Heartbeat] = {}
+
+    def beat(self, incarnation: str, spool: str, **more: object) -> None:
+        known = self.rows.get(incarnation)
+        seq = 1 if known is None else known.seq + 1
+        self.rows[incarnation] = Heartbeat(instance="a", incarnation=incarnation, spool=spool, seq=seq, **more)
+
+    def look(self, *beating: tuple[str, str]) -> list[str]:
+        """Ten seconds later, after a heartbeat of each of these: who speaks for itself."""
+        self.at += 10
+        for incarnation, spool in beating:
+            self.beat(incarnation, spool)
+        rows = list(self.rows.values())
+        seen = self.census.observe({POSTGRES: rows, DYNAMODB: rows}, asked_at=self.at, answered_at=self.at + 0.1)
+        return [member.heartbeat.incarnation for member in current(seen)]
+
+    @property
+    def shared(self) -> list[str]:
+        return list(shared_names(self.census.members))
+
+
+def test_two_processes_at_work_under_one_name_are_told_and_both_are_asked() -> None:
+    """Each with its own spool; whoever begins to look at both at once needs one heartbeat more of each."""
+    for begun in (("1", "x"),), (("1", "x"), ("2", "y")):
+        watched = Watched()
+        watched.look(*begun)
+        for _ in range(2):
+            assert watched.look(("1", "x"), ("2", "y")) == ["1", "2"]
+        assert watched.shared == ["a"]
+        for _ in range(4):
+            watched.look(("2", "y"))
+        assert watched.shared == [], "the other one is silent"
+
+
+def test_a_process_that_goes_on_with_the_spool_of_a_dead_one_is_alone() -> None:
+    """Killed and started again, whatever an observer saw of the dead one: nothing is shared, it alone is asked."""
+    for seen in (1, 5):
+        watched = Watched()
+        for _ in range(seen):
+            watched.look(("1", "x"))
+        for _ in range(20):
+            assert watched.look(("2", "x")) == ["2"]
+            assert watched.shared == []
+
+
+def test_a_volume_that_was_lost_with_its_pod_is_not_forgotten() -> None:
+    """The next pod of that name has an empty spool: what the first one had speaks for itself, and no name is shared."""
+    watched = Watched()
+    watched.look(("1", "x"))
+    for _ in range(20):
+        assert watched.look(("2", "y")) == ["1", "2"]
+        assert watched.shared == []
+
+
+def test_a_process_that_does_not_say_its_spool_is_succeeded_by_name() -> None:
+    """Of an earlier version; two of them at work at once are told all the same."""
+    watched = Watched()
+    watched.look(("1", ""))
+    assert watched.look(("2", "x")) == ["2"]
+    twins = Watched()
+    for _ in range(3):
+        last = twins.look(("1", ""), ("2", ""))
+    assert (last, twins.shared) == (["1", "2"], ["a"])
+
+
+def test_other_names_are_other_instances() -> None:
+    """On whatever spool they say."""
+    rows = [Heartbeat(instance=name, incarnation="1", seq=1, spool="x") for name in "ab"]
+    census = Census()
+    seen = census.observe({POSTGRES: rows, DYNAMODB: rows}, asked_at=0, answered_at=1)
+    assert list(current(seen)) == list(seen)
+    assert shared_names(seen) == []

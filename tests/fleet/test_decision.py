@@ -47,6 +47,25 @@ def gates(holds: tuple[Hold, ...]) -> list[str]:
     return [hold.gate for hold in holds]
 
 
+# -- two processes of one name -------------------------------------------------------------------------------------
+
+
+def named_a(incarnation: str, spool: str, phase: Phase) -> Member:
+    """A live process of the instance ``a``."""
+    beat = Heartbeat(instance="a", incarnation=incarnation, seq=1, epoch=5, desired=phase, spool=spool)
+    return Member(beat, Presence.LIVE, 0.0 if incarnation == "2" else 20.0)
+
+
+def test_every_process_that_counts_is_heard_whatever_its_name() -> None:
+    """With spools of their own they must agree; of one spool the process that went on with it speaks."""
+    record = FleetRecord(5, DUAL, "a", "w", 0, settled=True, desired=DUAL)
+    for order in (1, -1):
+        apart = [named_a("1", "x", Phase.SQL_ONLY), named_a("2", "y", DUAL)][::order]
+        assert gates(decide(view(record, record, *apart), "file").holds) == ["configurations_agree"]
+        restarted = [named_a("1", "x", Phase.SQL_ONLY), named_a("2", "x", DUAL)][::order]
+        assert decide(view(record, record, *restarted), "file").holds == ()
+
+
 # -- which wish counts ----------------------------------------------------------------------------------------------
 
 

@@ -261,6 +261,8 @@ export function attention(status, lost, failed, forced = null) {
       }
     }
     if (now.fleet?.fenced) add("bad", "This instance is fenced: it accepts records and refuses reads until it has read the fleet's record again.");
+    const shared = now.fleet?.shared_names || [];
+    if (shared.length) add("bad", `More than one process bears the name ${shared.join(", ")}: give each its own instance.`);
     for (const [store, text] of Object.entries(now.fleet?.trouble || {})) add("warn", `The fleet's tables in ${store}: ${text}.`);
     for (const [store, text] of Object.entries(now.gap_ledger_trouble || {})) {
       if (status.stores[store]?.state !== "waiting") add("warn", `Records for ${store} wait for a line in the gap ledger: ${text}.`);

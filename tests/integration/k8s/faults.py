@@ -225,6 +225,7 @@ CASES = (
         clears=42,
     ),
     gauge("SidecarFleetSilent", 'sidecar_fleet_instances{phase="dual_write",state="silent"}', bad=1, hold=10),
+    gauge("SidecarNameShared", "sidecar_fleet_shared_names", bad=1, hold=2),
     gauge("SidecarFenced", "sidecar_fleet_fenced", bad=1, hold=1),
     gauge("SidecarUndecidedRecords", "sidecar_spool_undecided_records", bad=7, hold=5),
     gauge("SidecarDivergenceAge", "sidecar_divergence_oldest_age_seconds", bad=901, good=3, hold=5),

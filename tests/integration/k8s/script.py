@@ -104,6 +104,17 @@ async def _an_instance_dies_while_a_store_is_down(a: Application) -> AsyncIterat
 
 
 @asynccontextmanager
+async def _two_pods_have_one_name(a: Application) -> AsyncIterator[None]:
+    first, second = a.pods
+    own = second.environ["HOSTNAME"]
+    second.environ["HOSTNAME"] = first.environ["HOSTNAME"]
+    await a.restart(second)
+    yield
+    second.environ["HOSTNAME"] = own
+    await a.restart(second)
+
+
+@asynccontextmanager
 async def _both_stores_are_out_of_reach(a: Application) -> AsyncIterator[None]:
     await a.pg_proxy.refuse()
     a.ddb_proxy.on("*", Reset())
@@ -287,6 +298,7 @@ PLANS: Mapping[str, Plan] = {
         tracks=(
             (
                 (_an_instance_dies_while_a_store_is_down, {"SidecarFleetSilent"}),
+                (_two_pods_have_one_name, {"SidecarNameShared"}),
                 (_both_stores_are_out_of_reach, {"SidecarFenced", "SidecarUndecidedRecords"}),
             ),
         ),

@@ -326,6 +326,14 @@ async def test_it_shows_a_fleet_of_two_and_every_gate_with_its_evidence(stand, b
             await page.sees("#gates", "days_validated")
         await seen.sees("#desired", "dual_write_read_dynamo")
         await seen.sees("#applied", "dual_write")
+        twin = stand.sidecar("third", phase="dual_write_read_dynamo", fleet=fleet, instance="checkout-a")
+        await twin.start()
+
+        async def told() -> bool:
+            texts = [await each.page.locator("#problem-list").inner_text() for each in (seen, other)]
+            return any("More than one process bears the name checkout-a" in text for text in texts)
+
+        await eventually(told, seconds=90, every=0.2, what="the shared name")
         assert await seen.page.evaluate("window.harmed") is None
         assert await seen.page.locator("img, main script").count() == 0
         assert seen.errors == []
