@@ -13,8 +13,7 @@ Invariants
 ----------
 1. A frame is settled exactly when each of its records was stored, deferred or dead-lettered; nothing else ends it.
 2. Only a record that the store refused *alone* and *as data* becomes a dead letter.
-3. What is held in memory is bounded by the window, whatever the backlog: ``take`` is asked only when there is room,
-   and deferred records come one window at a time.
+3. What is held in memory is bounded by the window, whatever the backlog and however many records are deferred.
 4. A store in trouble sees one call at a time (``retry.Pace``).
 
 Failure at each stage: a crash anywhere loses only memory; unsettled frames are handed out again and the stores'
@@ -260,8 +259,7 @@ class _Run:
 
     def _start_call(self) -> float | None:
         """Begin a call if one may; returns seconds until the next may: 0.0 after a call, None: an event decides."""
-        wanted = self._backlog.ready
-        if not wanted:
+        if not (wanted := self._backlog.ready):
             return None
         self._pace.configure(self._owner.retry())
         now = self._clock.monotonic()
