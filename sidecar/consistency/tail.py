@@ -130,7 +130,7 @@ class Tail:
             task.cancel()  # where it has not ended, this one was cancelled
             await asyncio.gather(task, return_exceptions=True)
         if task.cancelled():
-            log.info("a validation was left: another instance has the lease", extra={"instance": self._by})
+            log.info("a validation was left: the lease is lost", extra={"instance": self._by})
         else:
             task.result()
 
