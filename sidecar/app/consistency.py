@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 from sidecar.api.consistency import Asked, Wanted
+from sidecar.app.fleet import SPOOL_NAME
 from sidecar.app.parts import LedgeredStore
 from sidecar.app.phases import InForce
 from sidecar.clock import Clock
@@ -32,7 +33,7 @@ from sidecar.consistency.mirror import Mirror
 from sidecar.consistency.repair import Repair
 from sidecar.consistency.tail import Tail
 from sidecar.errors import BadRequest, Busy, StoreError
-from sidecar.fleet.census import Census, Presence
+from sidecar.fleet.census import Census, Presence, current
 from sidecar.fleet_tables import Heartbeat
 from sidecar.gaps import GapLine
 from sidecar.metrics import Metrics
@@ -108,11 +109,15 @@ def build_repair(
 
 
 def ask_others(
-    stores: Mapping[StoreName, LedgeredStore], settings: Settings, instance: str | None, clock: Clock
+    stores: Mapping[StoreName, LedgeredStore],
+    settings: Settings,
+    own: tuple[str, Callable[[], str | None]] | None,
+    clock: Clock,
 ) -> Whereabouts:
     """The fleet's tables: what became of refused records, and, in a fleet, what the other sidecars hold.
 
-    ``instance`` is this one, which is asked better directly; None: a command that has just begun to look.
+    ``own`` are this one's instance and the name of its spool, which is asked better directly; another process of the
+    same instance, with another spool, is one of the others. None: a command that has just begun to look.
     """
     census = Census()
     tables = {name: store.fleet for name, store in stores.items()}
@@ -121,16 +126,17 @@ def ask_others(
         asked = clock.monotonic()
         rows = {name: await table.heartbeats() for name, table in tables.items()}
         members = census.observe(rows, asked_at=asked, answered_at=clock.monotonic())
-        others = [m for m in members if m.counts and m.heartbeat.instance != instance]
+        others = [m for m in current(members) if m.counts and not is_own(m.heartbeat)]
         silent = [m.heartbeat.instance for m in others if m.presence is Presence.SILENT]
         return [m.heartbeat for m in others], silent
+
+    def is_own(row: Heartbeat) -> bool:
+        return own is not None and row.instance == own[0] and row.spool in ("", own[1]())
 
     home = home_of(stores).fleet
     if not settings.fleet.enabled:
         return Mirrored(home.fates)
-    return Fleet(
-        heartbeats, home.fates, clock=clock, poll=min(1.0, settings.fleet.heartbeat / 2), newcomer=instance is None
-    )
+    return Fleet(heartbeats, home.fates, clock=clock, poll=min(1.0, settings.fleet.heartbeat / 2), newcomer=own is None)
 
 
 @dataclass(slots=True)
@@ -173,7 +179,7 @@ class ConsistencyService:
         self._clock = clock
         self._asked: asyncio.Task[Any] | None = None
         self._last = _Last()
-        others = ask_others(stores, settings(), instance, clock)
+        others = ask_others(stores, settings(), (instance, lambda: spool.meta(SPOOL_NAME)), clock)
         asked = Together(others, OwnSpool(spool, instance, clock))
         self._validator = build_validator(stores, asked, settings, clock=clock)
         self._ledger: ValidationLedger = home_of(stores).verdicts

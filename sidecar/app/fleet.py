@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 _FIRST_EXCHANGE: Final = 3.0  # seconds that a start waits for it
 _FAREWELL: Final = 2.0  # seconds for the last heartbeat
 _SOON: Final = 0.5  # seconds between two ticks while something is moving
-_SPOOL: Final = "fleet_spool"  # key of the spool's name, in its meta table
+SPOOL_NAME: Final = "fleet_spool"  # key of the spool's name, in its meta table
 _MOST_TOLD: Final = 10  # reasons in a leader's heartbeat
 _LONGEST_TOLD: Final = 300  # characters of each text
 
@@ -417,10 +417,10 @@ class FleetPhase:
 
 async def _name_of(spool: Spool) -> str:
     """That the spool keeps for as long as its volume lives; drawn at its first start. Raises Busy, SpoolFailed."""
-    name = spool.meta(_SPOOL)
+    name = spool.meta(SPOOL_NAME)
     if name is None:
         name = secrets.token_hex(4)
-        await spool.set_meta(_SPOOL, name)
+        await spool.set_meta(SPOOL_NAME, name)
     return name
 
 

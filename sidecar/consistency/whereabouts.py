@@ -193,7 +193,8 @@ class Fleet:
             now = self._clock.monotonic()
             if (not undecided and (not behind or now >= least)) or now >= end:
                 unheard = {row.instance for row in rows if row.key in undecided}
-                self._heard = {row.instance: row.at_us for row in sorted(rows, key=lambda row: row.at_us)}
+                # Of two under one name, whichever said less lately: a line does not say which of them wrote it.
+                self._heard = {row.instance: row.at_us for row in sorted(rows, key=lambda row: -row.at_us)}
                 return Settled(
                     asked=tuple(sorted({row.instance for row in rows})),
                     silent=tuple(sorted(unheard | set(silent))),

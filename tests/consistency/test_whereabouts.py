@@ -1,9 +1,12 @@
 """Who is asked: the own spool frame by frame, the fleet by heartbeats, and what comes of both together."""
 
+import itertools
 import uuid
+from types import SimpleNamespace
 
 import pytest
 
+from sidecar.app.consistency import ask_others
 from sidecar.clock import SystemClock
 from sidecar.consistency import Fleet, Known, Nobody, OwnSpool, Settled, Together, fates_of_spool
 from sidecar.consistency.mirror import Mirror
@@ -11,7 +14,8 @@ from sidecar.errors import RetryClass, StoreError
 from sidecar.fleet_tables import FateLine, Heartbeat
 from sidecar.phase import DYNAMODB, POSTGRES, STORES
 from sidecar.record import encode
-from sidecar.settings import MIB, Dedup
+from sidecar.settings import MIB, Dedup, Settings
+from sidecar.settings import Fleet as FleetSettings
 from sidecar.settings import Spool as SpoolSettings
 from sidecar.spool import Leftover, Obligation, Spool, view
 from tests.consistency.stand import ConsistencyStand, Told
@@ -173,6 +177,38 @@ async def test_mirrored_dead_letters_are_known_and_redriven_ones_are_not():
         "a": {DYNAMODB: Known("dead_lettered", "permanent")},
         "b": {POSTGRES: Known("discarded", "permanent")},
     }
+
+
+@pytest.mark.parametrize(("twin", "asked", "behind"), [("another", ("a", "b"), {DYNAMODB}), ("own", ("b",), set())])
+async def test_another_process_under_the_own_name_is_asked_like_any_other(twin, asked, behind):
+    """Two pods were given one ``instance``, or a volume was lost and the name lives on: what each owes is its own."""
+    looks = itertools.count(1)
+
+    class Table:
+        async def heartbeats(self):
+            seq = next(looks)
+
+            def row(spool, incarnation, instance="a", **oldest):
+                parts = {"spool": spool, "incarnation": incarnation, "interval_s": 0.01, "seq": seq, "at_us": seq * 100}
+                return Heartbeat(instance=instance, oldest_pending_us=oldest, **parts)
+
+            before = {"spool": "own", "incarnation": "0", "seq": 7, "at_us": 1, "oldest_pending_us": {POSTGRES: 1}}
+            return [
+                row("own", "1", postgres=1),
+                Heartbeat(instance="a", **before),  # of this spool, before its restart
+                row(twin, "2", dynamodb=1),
+                row("theirs", "3", instance="b"),
+            ]
+
+    async def none(_log_ids):
+        return []
+
+    table = Table()
+    table.fates = none
+    stores = {name: SimpleNamespace(fleet=table) for name in STORES}
+    settings = Settings(fleet=FleetSettings(enabled=True, heartbeat=0.1))
+    found = await ask_others(stores, settings, ("a", lambda: "own"), PausableClock()).settle(0.5)
+    assert found == Settled(asked=asked, behind=frozenset(behind), knows_all=True)
 
 
 async def test_a_record_that_was_redriven_after_its_sidecar_was_heard_last_is_on_its_way():
