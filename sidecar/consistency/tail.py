@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _RENEW: Final = 30.0  # seconds, at most, between two renewals of the lease
 _RENEWALS: Final = 4  # of them fit into it: 120 s
-_SHORTEST: Final = 5.0  # seconds of a lease at least
+_SHORTEST: Final = 10.0  # seconds of a lease at least: a few answers that are late do not lose it
 _IDLE: Final = 1.0  # seconds between two looks at the clock
 _FIRST: Final = 30.0  # seconds after a start at most, so that a restart does not begin with a scan
 _DAYS_A_ROUND: Final = 31

@@ -75,7 +75,7 @@ async def test_a_holder_of_the_lease_that_is_stopped_while_another_takes_over_sa
     try:
         assert validated(two) == []
         stand.dynamo.clear()
-        await eventually(lambda: validated(two), what="two took over")
+        await eventually(lambda: validated(two), seconds=60, what="two took over")
         taken = await runs(two)
     finally:
         one.process.send_signal(signal.SIGCONT)
