@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _LINGER: Final = 0.01  # seconds that a part-filled chunk waits for company while other calls are under way
 _GATHER: Final = 0.025  # seconds between two looks into the spool that find less than a chunk
+_BEGIN: Final = 4  # calls in a turn of the loop
 _DEFERRED_POLL: Final = 0.2  # seconds
 _UNKNOWN_IN_A_ROW: Final = 5  # singles of unknown meaning, nothing delivered between: the store is at fault
 _GRACE_CODES: Final = frozenset({"23503"})  # the parent row may still come
@@ -244,14 +245,13 @@ class _Run:
     # -- out -----------------------------------------------------------------------------------------------------
 
     async def _dispatch(self) -> None:
-        """Begin calls, one in a turn of the loop: several at once would hold up who waits for an answer."""
+        """Begin calls, a few in a turn of the loop: many would hold up who waits for an answer, one falls behind."""
         loop = asyncio.get_running_loop()
         while True:
             self.wake.clear()
-            delay = self._start_call()
-            if delay == 0.0:
-                await asyncio.sleep(0)
-                continue
+            for _ in range(_BEGIN):
+                if (delay := self._start_call()) != 0.0:
+                    break
             timer = None if delay is None else loop.call_later(delay, self.wake.set)
             await self.wake.wait()
             if timer is not None:

@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 from sidecar.api.consistency import Asked, Wanted
-from sidecar.app.fleet import SPOOL_NAME
-from sidecar.app.parts import LedgeredStore
+from sidecar.app.parts import LedgeredStore, spool_name
 from sidecar.app.phases import InForce
 from sidecar.clock import Clock
 from sidecar.consistency import (
@@ -179,7 +178,7 @@ class ConsistencyService:
         self._clock = clock
         self._asked: asyncio.Task[Any] | None = None
         self._last = _Last()
-        others = ask_others(stores, settings(), (instance, lambda: spool.meta(SPOOL_NAME)), clock)
+        others = ask_others(stores, settings(), (instance, lambda: spool_name(spool)), clock)
         asked = Together(others, OwnSpool(spool, instance, clock))
         self._validator = build_validator(stores, asked, settings, clock=clock)
         self._ledger: ValidationLedger = home_of(stores).verdicts

@@ -20,7 +20,7 @@ from typing import Final, Self
 
 from sidecar import __version__
 from sidecar.app import observe
-from sidecar.app.parts import SpoolMemory
+from sidecar.app.parts import SpoolMemory, drawn_name
 from sidecar.app.phases import Chronicle, Task, Use, phase_document
 from sidecar.clock import Clock
 from sidecar.fleet import (
@@ -55,7 +55,6 @@ log = logging.getLogger(__name__)
 _FIRST_EXCHANGE: Final = 3.0  # seconds that a start waits for it
 _FAREWELL: Final = 2.0  # seconds for the last heartbeat
 _SOON: Final = 0.5  # seconds between two ticks while something is moving
-SPOOL_NAME: Final = "fleet_spool"  # key of the spool's name, in its meta table
 _MOST_TOLD: Final = 10  # reasons in a leader's heartbeat
 _LONGEST_TOLD: Final = 300  # characters of each text
 
@@ -175,7 +174,7 @@ class FleetPhase:
             settings,
             switch=switch,
             obligations=obligations,
-            identity=Identity(instance, secrets.token_hex(8), __version__, await _name_of(spool)),
+            identity=Identity(instance, secrets.token_hex(8), __version__, await drawn_name(spool)),
             gates=gates,
             metrics=metrics,
             open_gaps=open_gaps,
@@ -413,15 +412,6 @@ class FleetPhase:
             if each.heartbeat.phase is not None:
                 counts[each.heartbeat.phase.label, each.presence.value] += 1
         return [(labels, float(n)) for labels, n in counts.items()]
-
-
-async def _name_of(spool: Spool) -> str:
-    """That the spool keeps for as long as its volume lives; drawn at its first start. Raises Busy, SpoolFailed."""
-    name = spool.meta(SPOOL_NAME)
-    if name is None:
-        name = secrets.token_hex(4)
-        await spool.set_meta(SPOOL_NAME, name)
-    return name
 
 
 def report_of(member: Member) -> Report:

@@ -1,5 +1,7 @@
 """Small pieces that join two parts that do not know each other."""
 
+import asyncio
+import secrets
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
@@ -17,6 +19,7 @@ from sidecar.spool import Spool
 from sidecar.stores.base import Store
 
 _APPLIED: Final = "applied_phase"
+_NAME: Final = "fleet_spool"
 _ON_THE_WAY: Final = frozenset({"pending", "deferred"})
 
 
@@ -38,6 +41,27 @@ class SpoolMemory:
     async def set(self, value: bytes) -> None:
         """Return when ``value`` is on disk."""
         await self._spool.set_meta(_APPLIED, value.decode())
+
+
+def spool_name(spool: Spool) -> str | None:
+    """What the spool is called for as long as its volume lives, by which the fleet tells two under one instance."""
+    return spool.meta(_NAME)
+
+
+async def drawn_name(spool: Spool, patience: float = 5.0) -> str:
+    """That name, drawn where it has none; raises SpoolFailed.
+
+    "" where the disk has no room for it within ``patience`` seconds: a start that waited would keep it from draining.
+    """
+    name = spool_name(spool)
+    if name is None:
+        name = secrets.token_hex(4)
+        try:
+            async with asyncio.timeout(patience):
+                await spool.set_meta(_NAME, name)
+        except TimeoutError:
+            return ""
+    return name
 
 
 class FailClosed:
