@@ -108,7 +108,7 @@ async def kills_during_changes(row, stand, rounds: int, without: str = "") -> No
         await start(sidecar, without=without)
         for _ in range(rounds):
             await client.acked(20)
-            at = min(max(at + row.rng.choice((-1, 1)), 0), 3)
+            at = row.rng.choice([step for step in (at - 1, at + 1) if 0 <= step < len(PHASES)])  # always a change
             row.note("kill at a phase change", to=PHASES[at])
             lines = sidecar.log.read_text().count('"phase changed"')
             sidecar.configure(phase=PHASES[at])

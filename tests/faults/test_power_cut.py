@@ -128,7 +128,7 @@ async def test_f4_a_power_cut_at_a_chosen_moment_loses_nothing(begin, stand, dis
 async def test_f4_control_a_power_cut_at_a_checkpoint_without_fsync_is_found_guilty(begin, stand, disk):
     """The control: the log is copied without a flush between, the file is found short of what was acknowledged."""
     row = begin("F4")
-    with guilty("lost"):
+    with guilty("lost", "half"):
         await at_moment(row, stand, disk, "checkpoint", rounds=1, without="synchronous_off")
 
 
