@@ -220,9 +220,9 @@ async def together(door: Door, bodies: list[bytes]) -> list[tuple[int, dict[str,
         return [await answer(reader) for reader, _ in pairs]
 
 
-async def test_records_that_arrive_together_are_one_append_and_each_has_its_own_answer(door, monkeypatch):
-    """Twenty connections: fewer appends than records, twenty ids, each answer with its own correlation id."""
-    appends = []
+def counted_appends(door: Door, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Records of each append from now on."""
+    appends: list[int] = []
     append = door.spool.append
 
     async def counted(records, *rest):
@@ -230,6 +230,12 @@ async def test_records_that_arrive_together_are_one_append_and_each_has_its_own_
         return await append(records, *rest)
 
     monkeypatch.setattr(door.spool, "append", counted)
+    return appends
+
+
+async def test_records_that_arrive_together_are_one_append_and_each_has_its_own_answer(door, monkeypatch):
+    """Twenty connections: fewer appends than records, twenty ids, each answer with its own correlation id."""
+    appends = counted_appends(door, monkeypatch)
     bodies = [msgspec.json.encode({"service_name": "s", "correlation_id": str(i)}) for i in range(20)]
     answers = await together(door, bodies)
     assert [(status, document["correlation_id"]) for status, _, document in answers] == [
@@ -247,14 +253,7 @@ def named(number: int, text: str = "s") -> bytes:
 
 async def test_records_with_ids_of_their_clients_travel_together_too(door, monkeypatch):
     """Twenty ids that nobody has seen, ten without one: fewer appends than records; sent again, all are known."""
-    appends = []
-    append = door.spool.append
-
-    async def counted(records, *rest):
-        appends.append(len(records))
-        return await append(records, *rest)
-
-    monkeypatch.setattr(door.spool, "append", counted)
+    appends = counted_appends(door, monkeypatch)
     bodies = [named(i) if i % 3 else GOOD for i in range(1, 31)]
     answers = await together(door, bodies)
     assert {status for status, _, _ in answers} == {202}
