@@ -33,6 +33,7 @@ from tests.spool.harness import (
     records,
     spool_at,
     take,
+    until,
 )
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -72,7 +73,13 @@ async def _account_for(directory: Path, acked: set[str], *, exactly: bool = True
         reports.append(spool.recovery)
         try:
             while pending_in_frames(spool, "postgres"):
-                for frame in await asyncio.wait_for(spool.cursor("postgres").take(100, 1 << 20), 10):
+                taken = asyncio.ensure_future(spool.cursor("postgres").take(100, 1 << 20))
+                # Frames of which no record is whole are settled by the cursor itself: then there is nothing to come.
+                await until(lambda t=taken, s=spool: t.done() or not pending_in_frames(s, "postgres"))
+                if not taken.done():
+                    taken.cancel()
+                    break
+                for frame in taken.result():
                     came |= {r.log_id for r in frame.records}
                     spool.cursor("postgres").settle(frame)
                 await asyncio.sleep(0)
