@@ -60,9 +60,14 @@ decode = _decoder.decode
 """``decode(data) -> LogRecord``; raises msgspec.DecodeError / ValidationError on damaged bytes."""
 
 
+_blank: Final = hashlib.blake2b(digest_size=16)
+
+
 def digest(record: LogRecord) -> bytes:
     """128-bit digest of the stored record (BLAKE2b over its stored form): equal iff all thirteen fields are equal."""
-    return hashlib.blake2b(encode(record), digest_size=16).digest()
+    state = _blank.copy()  # cheaper than a new one: no arguments to parse
+    state.update(encode(record))
+    return state.digest()
 
 
 def timestamp_text(us: int) -> str:

@@ -90,7 +90,7 @@ class Spool(_Section, frozen=True):
     ballast_bytes: Bytes = 32 * MIB  # unlinked on a full disk so that drains go on
     high_watermark: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9  # of the cap: push back above
     low_watermark: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8  # accept again below
-    tail_cache_bytes: Bytes = 8 * MIB  # records kept in memory for stores that keep up
+    tail_cache_bytes: Bytes = 4 * MIB  # records kept in memory for stores that keep up
     # size of the write-ahead log that starts a checkpoint
     checkpoint_bytes: Annotated[int, msgspec.Meta(ge=256 * KIB, title="bytes")] = 2 * MIB
     dead_letter_share: Annotated[float, msgspec.Meta(gt=0, le=0.5)] = 0.1  # of the cap, per store

@@ -49,6 +49,7 @@ _decoders: Final = tuple(
 )
 _decode_text: Final = msgspec.json.Decoder(str).decode
 _envelope: Final = re.compile(rb'[ \t\n\r]*\{[ \t\n\r]*"[lL]ogs"[ \t\n\r]*:[ \t\n\r]*(?=\[)')
+_nul: Final = re.compile(rb"\\u0000").search
 _array: Final = re.compile(rb"[ \t\n\r]*\[")
 _DOUBT: Final = (msgspec.DecodeError, ValueError, RecursionError)
 _SHORTEST_RECORD: Final = 20  # bytes; {"service_name":"x"}
@@ -170,8 +171,7 @@ class Screener:
         self, wires: Sequence[Wire], source: bytes, bounds: Bounds, key: str | None, first_index: int
     ) -> tuple[list[LogRecord], list[bytes], list[bytes | None]] | None:
         """Records, stored forms and content digests of decoded wires; None is doubt."""
-        # The first alone is a hundred times faster; the second, of five bytes, is searched for faster than six are.
-        if b"\\" in source and b"\\u00" in source and b"\\u0000" in source:
+        if b"\\" in source and _nul(source):  # the first alone is a hundred times faster, an expression than ``in``
             return None
         quotes = source.count(b'"')
         fresh: list[str] | None = None

@@ -24,14 +24,15 @@ has a fixed form. ``shard = crc32(log_id) mod N(date)``: stable over versions, m
 Items are built straight as DynamoDB JSON bytes: every value passes through msgspec's escaping, or cannot need any.
 """
 
-import binascii
 import re
+from binascii import a2b_base64, b2a_base64
 from datetime import date, datetime
 from functools import lru_cache
 from typing import Final
 from zlib import crc32
 
 import msgspec
+from msgspec.structs import astuple
 
 from sidecar.record import LogRecord, digest, timestamp_text
 from sidecar.stores.base import Summary
@@ -50,6 +51,11 @@ _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-5
 def _second_text(second: int) -> str:
     """``2026-11-22T17:24:52.``: the slow part of a timestamp, the same for all records of one second."""
     return timestamp_text(second * SECOND)[:20]
+
+
+@lru_cache(maxsize=4096)
+def _second_bytes(second: int) -> bytes:
+    return _second_text(second).encode()
 
 
 def time_key(us: int) -> str:
@@ -131,33 +137,61 @@ def expires_at(log_timestamp: int, ttl_days: int) -> int:
     return -(-log_timestamp // SECOND) + ttl_days * 86_400
 
 
-def encode_item(record: LogRecord, shards: int, ttl_days: int | None) -> bytes:
+def encode_item(record: LogRecord, shards: int, ttl_days: int | None) -> bytes:  # noqa: C901  (the hot path, unrolled)
     """The item as DynamoDB JSON: ``{"log_id":{"S":"..."}, ...}``; ``shards`` is N of the record's UTC day."""
-    application_id, correlation_id = record.application_id, record.correlation_id
-    status_code, processing_time_ms = record.status_code, record.processing_time_ms
-    log_timestamp, is_success = record.log_timestamp, record.is_success
-    time = time_key(log_timestamp).encode()
-    identity = _json(record.log_id)
-    service = _json(record.service_name)
-    shard = shard_of(record.log_id, shards)
+    (
+        log_id,
+        application_id,
+        log_type,
+        service_name,
+        request_data,
+        response_data,
+        status_code,
+        is_success,
+        error_message,
+        processing_time_ms,
+        log_timestamp,
+        correlation_id,
+        user_id,
+    ) = astuple(record)
+    second, rest = divmod(log_timestamp, SECOND)
+    time = b"%b%06dZ" % (_second_bytes(second), rest)
+    day = time[:10]
+    identity = log_id.encode()  # canonical: nothing in it needs escaping
+    service = _json(service_name)
+    shard = b"%d" % (crc32(identity) % shards)
+    # One join of small parts: formatting the same with % costs a fifth more, structs for msgspec as much.
     parts = [
-        b'{"log_id":{"S":%b},"log_type":{"S":%b},"service_name":{"S":%b},"log_timestamp":{"S":"%b"},'
-        b'"is_success":{"BOOL":%b},"h":{"B":"%b"},"gt":{"S":"%b#%b},"gs":{"S":"S#%b#%b#%d"}'
-        % (
-            identity,
-            _json(record.log_type),
-            service,
-            time,
-            b"true" if is_success else b"false",
-            binascii.b2a_base64(digest(record), newline=False),
-            time,
-            identity[1:],
-            service[1:-1],
-            time[:10],
-            shard,
-        )
+        b'{"log_id":{"S":"',
+        identity,
+        b'"},"log_type":{"S":',
+        _json(log_type),
+        b'},"service_name":{"S":',
+        service,
+        b'},"log_timestamp":{"S":"',
+        time,
+        b'"},"is_success":{"BOOL":true},"h":{"B":"' if is_success else b'"},"is_success":{"BOOL":false},"h":{"B":"',
+        b2a_base64(digest(record), newline=False),
+        b'"},"gt":{"S":"',
+        time,
+        b"#",
+        identity,
+        b'"},"gs":{"S":"S#',
+        service[1:-1],
+        b"#",
+        day,
+        b"#",
+        shard,
+        b'"}',
     ]
-    _texts(parts, record)
+    if request_data is not None:
+        parts += (b',"request_data":{"S":', _json(request_data), b"}")
+    if response_data is not None:
+        parts += (b',"response_data":{"S":', _json(response_data), b"}")
+    if error_message is not None:
+        parts += (b',"error_message":{"S":', _json(error_message), b"}")
+    if user_id is not None:
+        parts += (b',"user_id":{"S":', _json(user_id), b"}")
     if status_code is not None:
         parts.append(b',"status_code":{"N":"%d"}' % status_code)
     if processing_time_ms is not None:
@@ -166,25 +200,13 @@ def encode_item(record: LogRecord, shards: int, ttl_days: int | None) -> bytes:
         parts.append(b',"application_id":{"N":"%d"},"ga":{"S":"A#%d"}' % (application_id, application_id))
     if correlation_id is not None:
         text = _json(correlation_id)
-        parts.append(b',"correlation_id":{"S":%b},"gc":{"S":"C#%b}' % (text, text[1:]))
+        parts += (b',"correlation_id":{"S":', text, b'},"gc":{"S":"C#', text[1:], b"}")
     if not is_success:
-        parts.append(b',"ge":{"S":"E#%b#%d"}' % (time[:10], shard))
+        parts += (b',"ge":{"S":"E#', day, b"#", shard, b'"}')
     if ttl_days is not None:
         parts.append(b',"expires_at":{"N":"%d"}' % expires_at(log_timestamp, ttl_days))
     parts.append(b"}")
     return b"".join(parts)
-
-
-def _texts(parts: list[bytes], record: LogRecord) -> None:
-    """The texts that may be null and are no key."""
-    if record.request_data is not None:
-        parts.append(b',"request_data":{"S":%b}' % _json(record.request_data))
-    if record.response_data is not None:
-        parts.append(b',"response_data":{"S":%b}' % _json(record.response_data))
-    if record.error_message is not None:
-        parts.append(b',"error_message":{"S":%b}' % _json(record.error_message))
-    if record.user_id is not None:
-        parts.append(b',"user_id":{"S":%b}' % _json(record.user_id))
 
 
 class _S(msgspec.Struct, gc=False):
@@ -344,7 +366,7 @@ def item_size(item: bytes) -> int:
         elif kind == "N":
             total += 2 + (len(value) + 1) // 2
         elif kind == "B":
-            total += len(binascii.a2b_base64(value))
+            total += len(a2b_base64(value))
         else:
             total += 1
     return total
