@@ -10,6 +10,9 @@ OVERTAKEN := tests/scenarios/test_consistency_overtaken.py
 WORKERS ?= 3  # tests mostly wait for processes and disks: more workers than a small machine has cores
 FAULT_WORKERS ?= 4
 
+# A process that may not keep what it has compiled compiles all of this again, and a test run starts hundreds of them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test check format clean bench ci-faults faults ci-integration install
 
 install: $(STAMP)

@@ -8,7 +8,6 @@ import pytest
 
 from tests.faults import rows
 from tests.faults.disk import Disk, made
-from tests.faults.process import NURSERY
 from tests.faults.rows import Row
 from tests.scenarios.conftest import http, stand  # noqa: F401  (the stand of the scenarios, as fixtures)
 
@@ -31,13 +30,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]"):
         for sidecar in stand_of_it.made if stand_of_it is not None else ():
             report.sections.append((f"log of {sidecar.base.name}", sidecar.tail()))
     return report
-
-
-@pytest.fixture(scope="session", autouse=True)
-def nursery() -> Iterator[None]:
-    """The process that forks sidecars ends with the session."""
-    yield
-    NURSERY.close()
 
 
 @pytest.fixture

@@ -11,10 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tests.faults.nursery import Nursery
+from tests.parts.nursery import NURSERY
 from tests.parts.sidecar import ROOT, Sidecar, eventually
-
-NURSERY = Nursery()
 
 
 def launch(

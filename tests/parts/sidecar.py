@@ -17,7 +17,9 @@ from typing import Any
 import aiohttp
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.parts.nursery import NURSERY, ROOT, Born
+
+__all__ = ["ROOT", "Mount", "Sidecar", "eventually", "free_port"]
 
 
 def free_port() -> int:
@@ -89,7 +91,8 @@ class Sidecar:
         self.ops_port = free_port()
         self.environ = dict(environ or {})
         self.module = "sidecar"  # that python runs
-        self.process: subprocess.Popen[bytes] | None = None
+        self.afresh = False  # a Python of its own is started, as in a pod; else the nursery forks one, sooner ready
+        self.process: subprocess.Popen[bytes] | Born | None = None
         self.log = base / "sidecar.log"
         self.settings: dict[str, Any] = {
             "phase": "dual_write",
@@ -123,12 +126,27 @@ class Sidecar:
         self.settings.update(changes)
         self.mount.write({"config.yaml": yaml.safe_dump(self.settings)})
 
+    @property
+    def config(self) -> str:
+        """The path of its configuration."""
+        return str(self.mount.directory / "config.yaml")
+
+    async def command(self, *arguments: str, seconds: float = 60.0) -> "subprocess.CompletedProcess[str]":
+        """A command of the product with this sidecar's configuration and environment, as a process of its own."""
+        environ = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true", **self.environ}
+        words = ["sidecar", *arguments, "--config", self.config]
+        return await asyncio.to_thread(NURSERY.run, words, environ, seconds=seconds)
+
     def spawn(self) -> None:
         """Start the process; does not wait."""
         environ = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true", **self.environ}
+        words = [self.module, "serve", "--config", self.config]
+        if not self.afresh:
+            self.process = NURSERY.launch(words, environ, self.log)
+            return
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module, "serve", "--config", str(self.mount.directory / "config.yaml")],
+                [sys.executable, "-m", *words],
                 cwd=ROOT,
                 env=environ,
                 stdout=log,

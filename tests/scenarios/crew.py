@@ -20,10 +20,8 @@ Records lie in a few hours of the past, so that gaps can be counted by hour.
 
 import asyncio
 import json
-import os
 import random
 import signal
-import sys
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
@@ -42,7 +40,7 @@ from sidecar.stores.dynamodb import DynamoDBStore
 from sidecar.stores.postgres import PostgresStore
 from tests.parts import oracle
 from tests.parts.postgres import connect
-from tests.parts.sidecar import ROOT, Sidecar, eventually
+from tests.parts.sidecar import Sidecar, eventually
 
 HOURS: Final = tuple(f"2025-01-01T{hour:02d}" for hour in range(3))
 _RECENT: Final = 300  # records that readers choose from
@@ -133,28 +131,9 @@ class Crew:
 
     async def command(self, name: str, *arguments: str) -> str:
         """A command of the product with an instance's configuration; what it prints. It must succeed."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "sidecar",
-            *arguments,
-            "--config",
-            str(self.pods[name].mount.directory / "config.yaml"),
-            cwd=ROOT,
-            env={**os.environ, "AWS_EC2_METADATA_DISABLED": "true"},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            async with asyncio.timeout(40):
-                out, errors = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        assert process.returncode == 0, (arguments, process.returncode, out, errors)
-        return out.decode()
+        done = await self.pods[name].command(*arguments, seconds=40)
+        assert done.returncode == 0, (arguments, done)
+        return done.stdout
 
     async def writes(self, *names: str, n: int = 30) -> None:
         """Await that each of some (all where none is named) has acknowledged ``n`` more records."""

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from sidecar.stores.dynamodb import DynamoDBStore
 from tests.parts.adopted import RELATION, SPECIFICATION, TABLE, old_rows
 from tests.parts.fault_proxy import FaultProxy
 from tests.parts.postgres import connect
-from tests.parts.sidecar import ROOT, Sidecar, eventually
+from tests.parts.sidecar import Sidecar, eventually
 from tests.parts.tcp_proxy import TcpProxy
 from tests.scenarios.conftest import Stand
 from tests.stores.records import BASE
@@ -52,11 +51,7 @@ async def loan_stand(
 
 async def cli(one: Sidecar, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """A command of the operator, with the sidecar's own configuration."""
-    config = str(one.mount.directory / "config.yaml")
-    command = [sys.executable, "-m", "sidecar", *arguments, "--config", config]
-    return await asyncio.to_thread(
-        subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
-    )
+    return await one.command(*arguments)
 
 
 async def post(http: aiohttp.ClientSession, one: Sidecar, **fields: Any) -> tuple[int, dict[str, Any]]:
@@ -72,7 +67,9 @@ async def test_a_table_is_adopted_under_a_running_sidecar(loan_stand: Stand, htt
     admin = await connect(loan_stand.postgres)
     old = await old_rows(admin, BASE, 200)
     one = loan_stand.sidecar(
-        postgres=ADOPT, retry={"delay": "100ms", "max_delay": "500ms", "probe_interval": "500ms", "fk_grace": "15s"}
+        postgres=ADOPT,
+        retry={"delay": "100ms", "max_delay": "500ms", "probe_interval": "500ms", "fk_grace": "15s"},
+        validation={"settle": "1s"},
     )
     beside = await cli(one, "init-stores")
     assert beside.returncode == 0, beside.stderr
@@ -144,7 +141,7 @@ async def test_a_table_is_adopted_under_a_running_sidecar(loan_stand: Stand, htt
     async def followed() -> bool:
         return {r.log_id for r in late} <= set(await loan_stand.in_dynamodb())
 
-    await eventually(followed, what="rows of old writers in DynamoDB")
+    await eventually(followed, every=0.2, what="rows of old writers in DynamoDB")
     held = await loan_stand.in_dynamodb()
     assert not {r.log_id for r in old} & set(held)
     assert {name: held[late[3].log_id][name] for name in to_dict(late[3])} == to_dict(late[3])

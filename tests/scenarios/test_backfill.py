@@ -8,8 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +29,9 @@ from tests.parts import oracle
 from tests.parts.adopted import old_rows
 from tests.parts.dynamodb import CREDENTIALS
 from tests.parts.fault_proxy import FaultProxy, Hang, Refuse, Reset, Unprocess
+from tests.parts.nursery import NURSERY, Born
 from tests.parts.postgres import connect
-from tests.parts.sidecar import ROOT, eventually, free_port
+from tests.parts.sidecar import eventually, free_port
 from tests.parts.tcp_proxy import TcpProxy
 from tests.scenarios.conftest import Stand
 from tests.stores.records import BASE, record
@@ -86,10 +85,9 @@ async def stand(tmp_path: Path, postgres: settings.Postgres, dynamo: TableServer
 class Runs:
     """Processes of ``sidecar backfill`` with the stand's configuration; past the fault proxy unless told otherwise."""
 
-    def __init__(
-        self, stand: Stand, started: "list[subprocess.Popen[bytes]]", *, proxied: bool, **changes: Any
-    ) -> None:
+    def __init__(self, stand: Stand, started: list[Born], *, proxied: bool, **changes: Any) -> None:
         self.started = started
+        self.outputs: dict[int, Path] = {}  # by process id
         if not proxied:
             changes["dynamodb"] = {"endpoint_url": stand.dynamodb.endpoint_url, **changes.get("dynamodb", {})}
         made = stand.sidecar("backfill", **changes)
@@ -97,29 +95,23 @@ class Runs:
         self.log = stand.base / "backfill.log"
         self.environ = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true"}
 
-    def spawn(self, *arguments: str, environ: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def spawn(self, *arguments: str, environ: dict[str, str] | None = None) -> Born:
         """Start one; its JSON comes on stdout."""
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "sidecar", "backfill", *arguments, "--config", str(self.config), "--json"],
-                cwd=ROOT,
-                env={**self.environ, **(environ or {})},
-                stdout=subprocess.PIPE,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
+        words = ["sidecar", "backfill", *arguments, "--config", str(self.config), "--json"]
+        out = self.log.with_name(f"backfill.{len(self.started)}.out")
+        process = NURSERY.launch(words, {**self.environ, **(environ or {})}, out, self.log)
         self.started.append(process)
+        self.outputs[process.pid] = out
         return process
 
-    async def ended(self, process: "subprocess.Popen[bytes]", seconds: float = 60.0) -> tuple[int, dict[str, Any]]:
+    async def ended(self, process: Born, seconds: float = 60.0) -> tuple[int, dict[str, Any]]:
         """Exit code and outcome."""
         try:
-            out, _ = await asyncio.to_thread(process.communicate, timeout=seconds)
+            code = await asyncio.to_thread(process.wait, seconds)
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait(10)
-        return process.returncode, json.loads(out) if out.strip() else {}
+            self.kill(process)
+        out = self.outputs[process.pid].read_text()
+        return code, json.loads(out) if out.strip() else {}
 
     async def run(self, *arguments: str, environ: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
         """One from start to end."""
@@ -127,16 +119,15 @@ class Runs:
 
     async def clear(self, *arguments: str) -> int:
         """``sidecar clear-dynamodb``; the exit code."""
-        command = [sys.executable, "-m", "sidecar", "clear-dynamodb", *arguments, "--config", str(self.config)]
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(command, cwd=ROOT, env=self.environ, stdout=log, stderr=log)
+        words = ["sidecar", "clear-dynamodb", *arguments, "--config", str(self.config)]
+        process = NURSERY.launch(words, self.environ, self.log)
         self.started.append(process)
         return await asyncio.to_thread(process.wait, 60)
 
-    def kill(self, process: "subprocess.Popen[bytes]") -> None:
-        """As the kernel does."""
+    def kill(self, process: Born) -> None:
+        """As the kernel does, where it has not ended."""
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=10)
+        process.wait(10)
 
 
 Make = Callable[..., Runs]
@@ -145,12 +136,11 @@ Make = Callable[..., Runs]
 @pytest.fixture
 def make(stand: Stand) -> Iterator[Make]:
     """Makes ``Runs``; ends every process that is left."""
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[Born] = []
     yield lambda *, proxied=False, **changes: Runs(stand, started, proxied=proxied, **changes)
     for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate(timeout=10)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
 
 
 async def in_postgres(stand: Stand, batch: Sequence[LogRecord]) -> None:

@@ -4,16 +4,15 @@ import asyncio
 import contextlib
 import json
 import os
-import subprocess
-import sys
 
 import aiohttp
 
 from tests.corpus import json_texts, record_texts
 from tests.parts import oracle
 from tests.parts.fault_proxy import Refuse
+from tests.parts.nursery import NURSERY
 from tests.parts.postgres import connect
-from tests.parts.sidecar import ROOT, eventually
+from tests.parts.sidecar import eventually
 
 CANARY = "c4n4ry"
 """In every planted value; nothing of ours contains it."""
@@ -98,15 +97,7 @@ async def test_planted_secrets_are_in_the_stores_and_nowhere_else(stand, tmp_pat
             return answer.status
 
     def run(*words: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "sidecar", *words],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **sidecar.environ},
-            check=False,
-            timeout=60,
-        )
+        done = NURSERY.run(["sidecar", *words], {**os.environ, **sidecar.environ})
         heard[" ".join(words[:2])] = done.stdout + done.stderr
 
     await sidecar.start()

@@ -19,6 +19,7 @@ import pytest
 from sidecar import __main__ as cli
 from tests.parts import oracle
 from tests.parts.fault_proxy import Refuse, Reset
+from tests.parts.nursery import NURSERY
 from tests.parts.sidecar import ROOT, eventually
 from tests.scenarios.test_write_path import both, post
 
@@ -57,15 +58,7 @@ def _here(words):
 
 def _as_process(words):
     environ = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true"}
-    done = subprocess.run(
-        [sys.executable, "-m", "sidecar", *words],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = NURSERY.run(["sidecar", *words], environ)
     return done.returncode, done.stdout, done.stderr
 
 

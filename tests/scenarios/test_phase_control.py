@@ -2,9 +2,6 @@
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 import aiohttp
 
 from tests.parts import oracle
-from tests.parts.sidecar import ROOT, Sidecar, eventually
+from tests.parts.sidecar import Sidecar, eventually
 
 TOKEN = "phase-control-token"
 FLEET = {"enabled": True, "heartbeat": "300ms", "fence_after": "3s"}
@@ -64,16 +61,7 @@ class Operator:
 
     async def run(self, *arguments: str, code: int = 0) -> str:
         """A command of the product."""
-        config = str(self.sidecar.mount.directory / "config.yaml")
-        done = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-m", "sidecar", *arguments, "--config", config],
-            cwd=ROOT,
-            env={**os.environ, **self.sidecar.environ},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = await self.sidecar.command(*arguments)
         assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)
         return done.stdout
 

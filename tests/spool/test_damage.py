@@ -68,7 +68,8 @@ async def _account_for(directory: Path, acked: set[str], *, exactly: bool = True
     """
     came, reports = set(), []
     for _ in range(4):
-        gc.collect()  # a spool that failed keeps its connection, and with it SQLite's lock, until its process ends
+        if reports:  # a spool that failed keeps its connection, and with it SQLite's lock, until its process ends
+            gc.collect()
         spool = open_spool(directory)
         reports.append(spool.recovery)
         try:

@@ -67,6 +67,7 @@ class Pod(Sidecar):
     def __init__(self, base: Path, *, default_mode: int = 0o644) -> None:
         self.volume = ConfigMapVolume(base / "etc", default_mode=default_mode)
         super().__init__(base, {})
+        self.afresh = True
         self.mount = self.volume  # type: ignore[assignment]  # all that is read from it is its directory
         self.environ |= {
             "APP_PORT": str(self.app_port),
