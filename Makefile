@@ -43,7 +43,7 @@ ci-faults: $(STAMP)  ## the fault matrix with CI's counts: at most 9 minutes; wi
 faults: $(STAMP)  ## the fault matrix with the long counts (ROWS=f3_ for one row, FAULTS_SEED=7 for a seed that failed)
 	FAULTS_LONG=1 $(BIN)/pytest tests/faults -n $(WORKERS) --dist worksteal $(if $(ROWS),-k '$(ROWS)')
 	$(if $(ROWS),,SPOOL_MODEL=2000 $(BIN)/pytest tests/spool/test_model.py)
-	$(if $(ROWS),,FAULTS_LONG=1 $(BIN)/pytest tests/fleet/test_simulation.py -n $(WORKERS))
+	$(if $(ROWS),,FAULTS_LONG=1 $(BIN)/pytest tests/fleet/test_simulation.py tests/test_screening.py -n $(WORKERS))
 	$(if $(ROWS),,VALIDATION_SECONDS=90 $(BIN)/pytest $(VALIDATION) $(OVERTAKEN))
 
 ci-integration: $(STAMP)  ## real clients, a real browser, the rollout's real tools; root; at most 6 minutes

@@ -182,7 +182,7 @@ class Overflow:
             except TimeoutError:
                 pass
             self._asked.clear()
-            if self._waiting or (self._spool.state().bytes_used >= self._start and not self._paused):
+            if self._waiting or (self._pressed and not self._paused):
                 await self._relieve()
                 self._answer_rest()
 
@@ -207,6 +207,12 @@ class Overflow:
     @property
     def _paused(self) -> bool:
         return self._clock.monotonic() < self._paused_until
+
+    @property
+    def _pressed(self) -> bool:
+        """Nearly full; or the door is closed, which it stays down to the low watermark, where nobody asks."""
+        state = self._spool.state()
+        return state.bytes_used >= self._start or state.busy_reason == "spool_full"
 
     async def _relieve(self) -> None:
         """Release plan after plan until the spool is below the low watermark or nothing may go."""

@@ -59,14 +59,19 @@ def record(n: int, hour: int = 0) -> LogRecord:
     return LogRecord(log_id, n, "INFO", "svc", KIB_8, None, 200, True, None, 5, hour * HOUR_US + n, None, None)
 
 
-def opened(directory: Path) -> Spool:
+def opened(directory: Path, options: settings.Spool = OPTIONS) -> Spool:
     """The spool of a directory."""
-    return Spool.open(directory, OPTIONS, settings.Dedup(), ["postgres", "dynamodb"], SystemClock())
+    return Spool.open(directory, options, settings.Dedup(), ["postgres", "dynamodb"], SystemClock())
 
 
 @asynccontextmanager
 async def watching(
-    spool: Spool, ledger: Ledger, phase: Phase = Phase.DUAL_WRITE, *, up: bool = True
+    spool: Spool,
+    ledger: Ledger,
+    phase: Phase = Phase.DUAL_WRITE,
+    *,
+    up: bool = True,
+    options: settings.Spool = OPTIONS,
 ) -> AsyncIterator[Overflow]:
     """A running overflow; ``up``: the required stores take records. It ends at rest, with no release half done.
 
@@ -77,7 +82,7 @@ async def watching(
         ledgers={POSTGRES: ledger, DYNAMODB: ledger},
         policy=lambda: TABLE[phase],
         delivering=lambda _: up,
-        options=OPTIONS,
+        options=options,
         instance="pod-1",
         clock=SystemClock(),
     )
@@ -247,6 +252,29 @@ async def test_what_a_required_store_that_is_down_has_not_confirmed_is_never_rel
             await confirm(spool)
             await eventually(lambda: spool.counters("dynamodb").released > 0 and spool.state().accepting)
             holds(spool)
+    finally:
+        await spool.close()
+
+
+async def test_a_closed_door_opens_by_itself_although_room_was_made_in_two_parts(tmp_path):
+    """Released to just below where releasing begins, nothing more may go, the door is closed; then the rest may."""
+    options = msgspec.structs.replace(OPTIONS, low_watermark=0.4)  # wide: the file shrinks in leaps
+    spool, ledger = opened(tmp_path, options), Ledger()
+    try:
+        async with watching(spool, ledger, up=False, options=options) as overflow:
+            with pytest.raises(Busy):
+                await append(spool, 0, 4000)
+            confirmed = 0
+            while spool.state().bytes_used >= overflow._start:
+                (frame,) = await spool.cursor("postgres").take(8, 1)
+                spool.cursor("postgres").settle(frame)
+                confirmed += 8
+                await eventually(lambda n=confirmed: spool.counters("dynamodb").released == n)
+            assert overflow._stop < spool.state().bytes_used
+            assert spool.state().busy_reason == "spool_full"
+            await confirm(spool)
+            await eventually(lambda: spool.state().accepting)
+        holds(spool)
     finally:
         await spool.close()
 

@@ -20,6 +20,8 @@ from sidecar.screening.timestamps import Timestamps
 from sidecar.settings import Ingest
 from tests.corpus import JsonText, RecordText, json_texts, record_texts
 
+MORE = 10 if "FAULTS_LONG" in os.environ else 1  # make faults looks at more
+
 NOW_US = 1_795_348_800_000_000  # 2026-11-22T12:00:00Z
 INGEST = Ingest()
 _SPELLS: list[Callable[[str], str]] = [str, camel, pascal]
@@ -424,7 +426,7 @@ def _verdict(screener: Screener, text: bytes, key: str | None) -> tuple[object, 
     return ("taken", to_dict(record) | {"log_id": None if content is None else record.log_id}, content, data[:1])
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=300 * MORE, deadline=None)
 @given(_members(), st.sampled_from([None, None, None, "key"]))
 @example(b'{"service_name":"s","user_id":"a","user_id" :"a","error_message":"\\":"}', None)
 @example(b'{"service_name":"\\"","user_id":"a","user_id":null}', None)
@@ -442,7 +444,7 @@ def test_the_fast_lane_says_what_the_slow_lane_says(text: bytes, key: str | None
     assert quick == slow
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100 * MORE, deadline=None)
 @given(st.lists(_members(), max_size=6))
 def test_a_batch_is_the_sum_of_its_records(texts: list[bytes]) -> None:
     """Arrays, envelopes and lines give each record the verdict that it gets alone."""
@@ -463,7 +465,7 @@ def test_a_batch_is_the_sum_of_its_records(texts: list[bytes]) -> None:
         assert got == expected
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=150 * MORE, deadline=None)
 @given(
     st.lists(_members() | st.sampled_from([b'{"service_name":"s"}', b'{"service_name":"t","user_id":"u"}']), min_size=1)
 )
@@ -497,7 +499,7 @@ def test_plain_singles_are_screened_together() -> None:
         assert screener.singles([text] * 3, screener.bounds(INGEST)) is not None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100 * MORE, deadline=None)
 @given(_json, st.sampled_from([None, 1, "\t"]), st.booleans(), st.integers(0, 3))
 def test_payloads_are_byte_exact(value: object, indent: int | str | None, ascii_only: bool, place: int) -> None:
     """Whatever JSON value is given as a payload, its source text is what is stored."""
@@ -512,7 +514,7 @@ def test_payloads_are_byte_exact(value: object, indent: int | str | None, ascii_
         assert result.records[place].request_data == expected
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=300 * MORE, deadline=None)
 @given(st.binary(max_size=60) | st.text(max_size=40).map(lambda s: s.encode("utf-8", "surrogatepass")))
 def test_no_bytes_raise_anything_unforeseen(body: bytes) -> None:
     """Any bytes give a verdict or one of the three errors of the contract."""

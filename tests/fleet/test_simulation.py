@@ -11,8 +11,8 @@ from sidecar.fleet import census as census_module
 from tests.fleet.simulated import UnsafeError
 from tests.fleet.simulation import World, simulate
 
-SEEDS = 2_000 if "FAULTS_LONG" in os.environ else 120  # make faults looks at more
-CHUNK = 40
+SEEDS = 2_000 if "FAULTS_LONG" in os.environ else 60  # make faults looks at more
+CHUNK = 20
 ENOUGH = 60  # seeds within which a mutation must be found
 
 
@@ -24,7 +24,7 @@ def test_no_history_is_unsafe_and_every_fleet_recovers(first: int) -> None:
         world = simulate(seed)
         seen += world.seen
         seen["epochs"] += max(world._epochs)
-    assert seen["two epochs at work"] > 1000, "histories without a mixed fleet prove nothing"
+    assert seen["two epochs at work"] > 25 * CHUNK, "histories without a mixed fleet prove nothing"
     assert seen["epochs"] > 5 * CHUNK
     assert seen["reads answered"] > 100 * CHUNK
     assert seen["reads refused"] > CHUNK

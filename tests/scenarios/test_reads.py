@@ -72,12 +72,12 @@ async def sql(stand):
     )
 
 
-async def test_ten_thousand_records_are_paged_once_each_while_the_phase_goes_1_2_1(stand, http):
+async def test_thousands_of_records_are_paged_once_each_while_the_phase_goes_1_2_1(stand, http):
     """Equal timestamps everywhere, the store changes under the cursor twice: no id twice, none missing, in order."""
     # moto looks through all of its items for every page of an index: on a busy machine that takes its time.
     sidecar = await stand.sidecar(reads={"timeout": "60s"}, dynamodb={"read_timeout": "30s"}).start()
     sent = set()
-    for start in range(0, 10_000, 1000):
+    for start in range(0, 4_000, 1000):
         batch = [
             old(log_timestamp=f"2026-01-15T12:00:00.{n % 40:06d}Z", request_data="x" * 50)
             for n in range(start, start + 1000)
@@ -90,12 +90,12 @@ async def test_ten_thousand_records_are_paged_once_each_while_the_phase_goes_1_2
         if pages in turns:
             await turn(sidecar, turns[pages])
         suffix = f"&cursor={cursor}" if cursor else ""
-        status, page, headers = await get(http, sidecar, f"/logs?application_id=7&limit=500{suffix}")
+        status, page, headers = await get(http, sidecar, f"/logs?application_id=7&limit=200{suffix}")
         assert status == 200, page
         found += [(r["log_timestamp"], r["log_id"]) for r in page["records"]]
         served.append(headers["X-Served-By"])
         cursor, pages = page["next_cursor"], pages + 1
-    assert len(found) == 10_000
+    assert len(found) == 4_000
     assert {log_id for _, log_id in found} == sent
     assert found == sorted(found, reverse=True)
     assert (served[0], served[8], served[-1]) == ("postgres", "dynamodb", "postgres")

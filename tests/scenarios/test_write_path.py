@@ -384,7 +384,7 @@ async def test_kill_9_under_load_ten_times_loses_and_doubles_nothing(stand, http
                 except (aiohttp.ClientError, OSError):
                     await asyncio.sleep(0.01)
 
-    tasks = [asyncio.create_task(load()) for _ in range(8)]
+    tasks = [asyncio.create_task(load()) for _ in range(4)]
     for _ in range(10):
         await sidecar.start()
         before = len(acked)
