@@ -204,6 +204,8 @@ def judged(bars: Iterable[Bar], row: Mapping[str, Any]) -> list[Row]:
         {
             "metric": bar.metric,
             "bar": str(bar),
+            "kind": bar.kind,
+            "value": bar.value,
             "beyond": bar.beyond,
             "seen": row[bar.metric],
             "met": bar.met(row[bar.metric]),

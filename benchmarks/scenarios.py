@@ -148,8 +148,8 @@ def backlog(rig: Rig, stages: tuple[int, ...]) -> Row:
     bars = judged(
         (
             most("rss_pending_mib", 100, 70),
-            most("drain_seconds", 30),
-            most("ready_pending_seconds", 2),
+            most("drain_seconds", 30 * max(1.0, stages[-1] / 1_000_000)),  # of each million
+            *((most("ready_pending_seconds", 2),) if stages[-1] <= 1_000_000 else ()),
             most("p99_growth", 1.2),
             most("drain_unevenness", 1.2),
             most("rss_at_start_mib", 80),
