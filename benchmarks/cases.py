@@ -6,9 +6,10 @@ run whose stores do not hold exactly what was acknowledged is void and raises.
 
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from benchmarks import peer
 from benchmarks.records import Shape
 from benchmarks.rig import Rig, System
 
@@ -48,10 +49,11 @@ class Case:
     against: tuple[str, ...] = ()
     bars: tuple[Bar, ...] = ()
     quick: bool = True
+    also: tuple[str, ...] = ()  # further sidecars, by phase
 
     @property
     def systems(self) -> tuple[str, ...]:
-        return ("sidecar", *self.against)
+        return ("sidecar", *self.against, *(f"sidecar in {phase}" for phase in self.also))
 
 
 def least(metric: str, value: float, beyond: float | None = None) -> Bar:
@@ -110,6 +112,23 @@ CASES = (
     Case("dual, 1,000 per POST, NDJSON", Shape(1_000, "ndjson"), 4, quick=False),
     Case("open loop 20,000/s, 100 per POST", Shape(100), 16, rate=20_000, quick=False),
 )
+
+PEER_CASES = tuple(
+    replace(
+        case, name=f"beside the peer: {name}", phase="sql_only", against=(peer.NAME,), also=("dual_write",), bars=bars
+    )
+    for name, case, bars in (
+        ("1 per POST, 32 connections", Case("", Shape(1), 32), ()),
+        ("100 per POST", Case("", Shape(100), 8), (least(f"times_{peer.NAME}", 1),)),
+        ("500/s, 1 per POST", Case("", Shape(1), 64, rate=500), ()),
+        ("2,000/s, 1 per POST", Case("", Shape(1), 64, rate=2_000), ()),
+        ("5,000/s, 1 per POST", Case("", Shape(1), 128, rate=5_000), ()),
+    )
+)
+"""What Fluent Bit does, PostgreSQL alone, and the sidecar in the same phase; in ``dual_write`` beside them.
+
+No bar on its answers' latency or on what it accepts: it answers before anything is on the disk.
+"""
 
 YARDSTICKS = {
     ("dual, 100 per POST", "careful"): 214.0,
@@ -175,7 +194,7 @@ def run_case(rig: Rig, case: Case, seconds: float, rounds: int) -> Row:
     for _ in range(rounds):
         for name in case.systems:
             system = rig.start(name, case.phase)
-            runs.append(measure(rig, system, case, seconds))
+            runs.append(measure(rig, system, case, seconds) | {"system": name})
             rig.end(system)
     rows = {name: medians(run for run in runs if run["system"] == name) for name in case.systems}
     result: Row = {"case": case.name, "rows": rows, "runs": runs}

@@ -13,12 +13,13 @@ from typing import Any, Self
 
 import yaml
 
+from benchmarks import peer
 from benchmarks.database import Database
 from benchmarks.processes import REPOSITORY, Child, Cores, free_port, pinned, python, reachable, wait_until
 
 AWS = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_REGION": "us-east-1"}
 TABLE = "integration_logs"
-DATABASES = {"sidecar": "sidecar", "baseline": "baseline"}
+DATABASES = {"sidecar": "sidecar", "baseline": "baseline", "peer": peer.DATABASE}
 Json = dict[str, Any]
 
 
@@ -105,11 +106,19 @@ class Baseline(System):
         self.path = f"/{name}"
 
 
-class Rig:
-    """Starts and ends everything; a context manager."""
+class Peer(System):
+    """Fluent Bit (``peer``): PostgreSQL alone."""
 
-    def __init__(self, scratch: Path) -> None:
+    database = peer.DATABASE
+    writes = frozenset({"postgres"})
+
+
+class Rig:
+    """Starts and ends everything; a context manager. ``peer`` is Fluent Bit's program, where there is one."""
+
+    def __init__(self, scratch: Path, peer: str | None = None) -> None:
         self.scratch = scratch
+        self.peer_program = peer
         self.cores = Cores.of_this_machine()
         self.systems: list[System] = []
         self._prepared: set[str] = set()
@@ -207,8 +216,26 @@ class Rig:
         self.reset(DATABASES["baseline"])
         return system
 
+    def peer(self) -> Peer:
+        """Fluent Bit on an empty buffer. Raises RuntimeError where its program cannot be had."""
+        if self.peer_program is None:
+            raise RuntimeError("the peer's program is missing")
+        port = free_port()
+        file = peer.configuration(self.scratch, port=port, postgres=self.postgres.port, table=TABLE)
+        argv = [self.peer_program, "-c", str(file)]
+        child = Child(peer.NAME, argv, self.cores.under_test, self.scratch / "peer.log")
+        system = Peer(peer.NAME, child, port)
+        self.systems.append(system)
+        wait_until(peer.NAME, lambda: reachable(port), 30, child)
+        self.reset(peer.DATABASE)
+        return system
+
     def start(self, name: str, phase: str) -> System:
-        return self.sidecar(phase) if name == "sidecar" else self.baseline(name)
+        """``sidecar``, ``sidecar in PHASE``, ``fluent-bit``, or a baseline."""
+        kind, _, other = name.partition(" in ")
+        if kind == "sidecar":
+            return self.sidecar(other or phase)
+        return self.peer() if name == peer.NAME else self.baseline(name)
 
     def end(self, system: System, how: signal.Signals = signal.SIGTERM) -> int:
         self.systems.remove(system)

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ceilings, scenarios
-from benchmarks.cases import CASES, SWEEP, Case, Row, measure, run_case
+from benchmarks import ceilings, peer, scenarios
+from benchmarks.cases import CASES, PEER_CASES, SWEEP, Case, Row, measure, run_case
 from benchmarks.processes import REPOSITORY
 from benchmarks.records import Shape
 from benchmarks.report import introduction, machine, markdown, pictures
@@ -35,12 +35,12 @@ def sweep(rig: Rig, seconds: float, rates: tuple[int, ...]) -> Row:
     return {"case": "latency by rate", "rows": {"sidecar": {}}, "runs": [], "bars": [], "sweep": lines}
 
 
-def jobs(*, quick: bool) -> dict[str, Job]:
+def jobs(*, quick: bool, with_peer: bool) -> dict[str, Job]:
     """Name -> what to do; quick ones take about five minutes together, all of them about half an hour."""
     seconds, rounds = (2.5, 1) if quick else (5.0, 3)
     table: dict[str, Job] = {
         case.name: partial(run_case, case=case, seconds=seconds, rounds=rounds)
-        for case in CASES
+        for case in (*CASES, *(PEER_CASES if with_peer else ()))
         if case.quick or not quick
     }
     for fault in scenarios.FAULTS:
@@ -80,16 +80,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=RESULTS / "latest.json")
     parser.add_argument("--scratch", type=Path, default=REPOSITORY / ".run" / "bench", help="on a real disk")
     parser.add_argument("--no-ceilings", action="store_true", help="do not measure the instruments first")
+    parser.add_argument("--peer", metavar="PROGRAM", help="Fluent Bit's program (else FLUENT_BIT, else from the PATH)")
     parser.add_argument("--publish", action="store_true", help="write pictures into docs/, results into the README")
     return parser.parse_args()
 
 
 def main() -> int:
     given = arguments()
-    table = chosen(jobs(quick=given.quick), given.only)
+    program = peer.program(given.peer)
+    if program is None:
+        print(f"{peer.NAME} is not on the PATH: the sidecar is not measured beside it (--peer)", file=sys.stderr)
+    table = chosen(jobs(quick=given.quick, with_peer=program is not None), given.only)
     results: list[Row] = []
     voids: list[str] = []
-    with Rig(given.scratch.resolve()) as rig:
+    with Rig(given.scratch.resolve(), program) as rig:
         ceiling = {} if given.no_ceilings else ceilings.all_ceilings(rig.cores, rig.scratch)
         for name, job in table.items():
             begun = time.monotonic()
