@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STARTS := tests/spool/test_failed_start.py
 VALIDATION := tests/scenarios/test_consistency.py::test_under_load_retries_restarts_and_a_second_sidecar_nothing_is_called_divergent_that_is_not
 OVERTAKEN := tests/scenarios/test_consistency_overtaken.py
-WORKERS ?= 3  # tests mostly wait for processes and disks: more workers than a small machine has cores
+WORKERS ?= 4  # tests mostly wait for processes and disks: more workers than a small machine has cores
 FAULT_WORKERS ?= 4
 
 # A process that may not keep what it has compiled compiles all of this again, and a test run starts hundreds of them.

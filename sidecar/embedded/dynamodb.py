@@ -6,6 +6,8 @@ batch nor the exact size of an item: the store checks those itself.
 Invariants:
 
 * It listens on 127.0.0.1 alone, and needs no network, no root and no directory.
+* Writes are applied one at a time: moto looks at a condition and then writes, and of two conditional writes at once
+  both would succeed.
 * No wait without a deadline; no shell.
 * It dies with us, however we die: the child asks the kernel for SIGKILL at the death of its parent and then compares
   the parent, in case it died in between. The kernel means the *thread* that started the child, so ``start`` starts it
@@ -31,7 +33,7 @@ _POLL: Final = 0.01  # seconds between two looks
 _STOP_SECONDS: Final = 5.0
 _SAID: Final = 2_000  # characters of the child's last words
 _SERVE: Final = """
-import ctypes, logging, os, signal, sys
+import ctypes, io, logging, os, signal, sys, threading
 parent, host, port = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -47,7 +49,16 @@ class Quiet(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
     def log_request(self, *arguments):
         pass
-application = DomainDispatcherApplication(create_backend_app)
+moto = DomainDispatcherApplication(create_backend_app)
+writes = threading.Lock()
+def application(environ, start_response):
+    operation = environ.get("HTTP_X_AMZ_TARGET", "").rpartition(".")[2]
+    length = environ.get("CONTENT_LENGTH")
+    if not length or not operation.startswith(("PutItem", "UpdateItem", "DeleteItem", "BatchWrite", "Transact")):
+        return moto(environ, start_response)
+    environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(length)))  # a slow client holds up nobody
+    with writes:
+        return moto(environ, start_response)
 server = make_server(host, port, application, threaded=True, request_handler=Quiet)
 os.write(1, b"%d\\n" % server.server_address[1])
 server.serve_forever()
