@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import aioboto3
 import msgspec
 import pytest
 
 from sidecar.clock import SystemClock
-from sidecar.embedded.dynamodb import EmbeddedDynamoDB
+from sidecar.embedded import dynamodb as embedded
+from sidecar.embedded.dynamodb import REGION, EmbeddedDynamoDB
 from sidecar.embedded.postgres import EmbeddedError
 from sidecar.stores.dynamodb import DynamoDBStore
 from tests.parts.dynamodb import CREDENTIALS, record
@@ -120,3 +122,45 @@ def test_its_settings_need_nothing_else() -> None:
     given = EmbeddedDynamoDB(8000).settings()
     assert (given.endpoint_url, given.region) == ("http://127.0.0.1:8000", "eu-west-1")
     assert msgspec.structs.replace(given, endpoint_url=None, region=None) == type(given)()
+
+
+@pytest.mark.parametrize("one_at_a_time", [True, False], ids=["as it is", "control"])
+async def test_of_conditional_writes_at_once_exactly_one_succeeds(
+    monkeypatch: pytest.MonkeyPatch, one_at_a_time: bool
+) -> None:
+    """As in DynamoDB, wherever the server's threads take turns; without the lock more than one does."""
+    code = "import sys; sys.setswitchinterval(1e-6)\n" + embedded._SERVE
+    assert "with writes:" in code
+    monkeypatch.setattr(embedded, "_SERVE", code if one_at_a_time else code.replace("with writes:", "if True:"))
+    server = EmbeddedDynamoDB()
+    await server.start()
+    try:
+        async with aioboto3.Session(region_name=REGION).client("dynamodb", endpoint_url=server.endpoint_url) as client:
+            await client.create_table(
+                TableName="once",
+                KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
+                AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
+                BillingMode="PAY_PER_REQUEST",
+            )
+
+            async def put(name: str) -> int:
+                try:
+                    await client.put_item(
+                        TableName="once", Item={"id": {"S": name}}, ConditionExpression="attribute_not_exists(id)"
+                    )
+                except client.exceptions.ConditionalCheckFailedException:
+                    return 0
+                return 1
+
+            async def winners(n: int) -> int:
+                return sum(await asyncio.gather(*(put(str(n)) for _ in range(4))))
+
+            if one_at_a_time:
+                assert {await winners(n) for n in range(100)} == {1}
+            else:
+                for n in range(5_000):
+                    if await winners(n) > 1:
+                        return
+                pytest.fail("the race was not met: the test proves nothing")
+    finally:
+        await server.stop()
