@@ -61,6 +61,7 @@ _KNOWN: Final = frozenset(
 _PLAIN: Final = 16 * 1024  # bytes of a body that may travel with others
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 _REMEMBERED: Final = 512  # heads
+_LINGER: Final = 2.0  # seconds in which the rest of a refused body is read, so that its sender reads the answer
 _TEXT: Final = re.compile(rb"[ -~]*")
 
 
@@ -242,7 +243,9 @@ class Lane:
         "_buffer",
         "_express",
         "_head",
+        "_linger",
         "_paused",
+        "_rest",
         "_taken",
         "_transport",
         "task",
@@ -256,6 +259,8 @@ class Lane:
         self._buffer = b""
         self._head: Head | None = None  # of the request whose body is being read
         self._body_timer: asyncio.TimerHandle | None = None
+        self._linger: asyncio.TimerHandle | None = None  # refused: what comes is read and thrown away until then
+        self._rest = 0  # bytes of a refused body that are to come
         self._taken = 0
         self._paused = False
         self._asked = False
@@ -268,6 +273,11 @@ class Lane:
 
     def feed(self, data: bytes) -> bytes | None:
         """Take bytes; returns those that aiohttp must read, the connection being its own from now on."""
+        if self._linger is not None:
+            self._rest -= len(data)
+            if self._rest <= 0:
+                self._transport.close()
+            return None
         self._buffer = self._buffer + data if self._buffer else data
         if self._asked:
             if not self._paused:
@@ -304,8 +314,7 @@ class Lane:
         try:
             express.parts.budget.take(head.length)
         except SidecarError as error:
-            self._transport.write(express.render(errors.from_error(error)))
-            self._transport.close()
+            self._refuse(express.render(errors.from_error(error)), head)
             return
         self._head = head
         self._taken = head.length
@@ -319,6 +328,19 @@ class Lane:
             self._body_timer = None
             self._express.parts.budget.give(self._taken)
             self._taken = 0
+
+    def _refuse(self, answer: bytes, head: Head) -> None:
+        """Answer before the body is there, and read on for a while.
+
+        Closing at once would reset the connection of a sender that reads only after its last byte (RFC 9112, 9.6), and
+        the answer would be lost with it.
+        """
+        self._transport.write(answer)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._rest = head.length - len(self._buffer)
+        self._buffer = b""
+        self._linger = asyncio.get_running_loop().call_later(_LINGER, self._transport.close)
 
     def _body_is_late(self) -> None:
         late = BodyTimeout(
@@ -346,5 +368,7 @@ class Lane:
 
     def close(self) -> None:
         """The connection is gone. What is being committed goes on; its answer has no reader."""
+        if self._linger is not None:
+            self._linger.cancel()
         self._end_body()
         self._buffer = b""
