@@ -204,10 +204,12 @@ class Express:
             return self.render(errors.from_surprise(error))
         return self._bytes(status, msgspec.json.encode(payload), headers)
 
-    def render(self, response: web.Response) -> bytes:
-        """An error's answer, which the general table words as a response object, as bytes."""
+    def render(self, response: web.Response, *, last: bool = False) -> bytes:
+        """An error's answer, which the general table words as a response object, as bytes; ``last``: then it closes."""
         kept = ("Retry-After", "WWW-Authenticate", "Allow")
         headers = {name: response.headers[name] for name in kept if name in response.headers}
+        if last:
+            headers["Connection"] = "close"
         return self._bytes(response.status, response.body if isinstance(response.body, bytes) else b"", headers)
 
     def _bytes(self, status: int, body: bytes, headers: Mapping[str, str]) -> bytes:
@@ -241,8 +243,10 @@ class Lane:
         "_asked",
         "_body_timer",
         "_buffer",
+        "_ending",
         "_express",
         "_head",
+        "_idle",
         "_linger",
         "_paused",
         "_rest",
@@ -264,7 +268,9 @@ class Lane:
         self._taken = 0
         self._paused = False
         self._asked = False
-        self.task: asyncio.Task[None] | None = None
+        self._ending = False
+        self._idle: asyncio.Future[None] | None = None  # who ends the connection waits for it
+        self.task: asyncio.Task[None] | None = None  # kept: the loop alone would let it be collected
 
     @property
     def busy(self) -> bool:
@@ -287,6 +293,8 @@ class Lane:
         return self._next()
 
     def _next(self) -> bytes | None:
+        if self._ending:
+            return None
         buffer = self._buffer
         head = self._head
         if head is None:
@@ -314,7 +322,7 @@ class Lane:
         try:
             express.parts.budget.take(head.length)
         except SidecarError as error:
-            self._refuse(express.render(errors.from_error(error)), head)
+            self._refuse(error, head)
             return
         self._head = head
         self._taken = head.length
@@ -329,13 +337,13 @@ class Lane:
             self._express.parts.budget.give(self._taken)
             self._taken = 0
 
-    def _refuse(self, answer: bytes, head: Head) -> None:
-        """Answer before the body is there, and read on for a while.
+    def _refuse(self, error: SidecarError, head: Head) -> None:
+        """Answer before the whole body is there, and read on for a while.
 
-        Closing at once would reset the connection of a sender that reads only after its last byte (RFC 9112, 9.6), and
-        the answer would be lost with it.
+        Closing at once would reset the connection of a sender that reads only after its last byte (RFC 9112, section
+        9.6), and the answer would be lost with it. Nothing of what is read is kept.
         """
-        self._transport.write(answer)
+        self._transport.write(self._express.render(errors.from_error(error), last=True))
         if self._transport.can_write_eof():
             self._transport.write_eof()
         self._rest = head.length - len(self._buffer)
@@ -343,17 +351,32 @@ class Lane:
         self._linger = asyncio.get_running_loop().call_later(_LINGER, self._transport.close)
 
     def _body_is_late(self) -> None:
-        late = BodyTimeout(
-            "the body was not complete in time (listen.body_timeout); send it faster or in smaller parts"
-        )
-        self._transport.write(self._express.render(errors.from_error(late)))
+        head = self._head
         self._end_body()
-        self._transport.close()
+        if head is not None:
+            self._refuse(
+                BodyTimeout(
+                    "the body was not complete in time (listen.body_timeout); send it faster or in smaller parts"
+                ),
+                head,
+            )
+
+    async def end(self, timeout: float | None) -> None:  # noqa: ASYNC109  (bounds the wait, raises nothing)
+        """Take no further request, and wait until the one that was taken is answered, or for ``timeout`` seconds."""
+        self._ending = True
+        if self._asked:
+            self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self._idle,), timeout=timeout)
+
+    def _is_idle(self) -> None:
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
     def answer(self, answer: bytes) -> None:
         """The answer to what was asked."""
         self._asked = False
         self.task = None
+        self._is_idle()
         if self._transport.is_closing():
             return
         self._transport.write(answer)
@@ -370,5 +393,6 @@ class Lane:
         """The connection is gone. What is being committed goes on; its answer has no reader."""
         if self._linger is not None:
             self._linger.cancel()
+        self._is_idle()
         self._end_body()
         self._buffer = b""

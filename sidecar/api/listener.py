@@ -110,10 +110,9 @@ class _Connection(web.RequestHandler):
             self._general(self._lane.feed(data))
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109  (the base's signature)
-        """Let the request of the express lane finish first."""
-        task = None if self._lane is None else self._lane.task
-        if task is not None:
-            await asyncio.wait((task,), timeout=timeout)
+        """Let the request of the express lane finish first; what is pipelined behind it is not taken any more."""
+        if self._lane is not None:
+            await self._lane.end(timeout)
         await super().shutdown(timeout)
 
     def _general(self, data: bytes | None) -> None:

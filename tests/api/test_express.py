@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
 
+from sidecar.api.express import LONGEST, Lane
 from sidecar.errors import Busy
-from sidecar.settings import Ingest, Listen, Settings
+from sidecar.settings import MIB, Ingest, Listen, Settings
 from tests.api.door import Door, open_door
 from tests.parts.sidecar import eventually
 
@@ -137,9 +139,79 @@ async def test_a_body_that_does_not_come_is_408_and_closed(door):
     """listen.body_timeout holds in the express lane, and the budget is given back."""
     async with connected(door) as (reader, writer):
         writer.write(request(GOOD)[:-5])
-        status, _, document = await answer(reader)
+        status, headers, document = await answer(reader)
         assert (status, document["error"]["code"]) == (408, "body_timeout")
+        assert headers["connection"] == "close"
         assert await reader.read() == b""
+
+
+async def sends_all_then_reads(door: Door, data: bytes, when: Callable[[], bool]) -> bytes:
+    """What a client gets that reads only after its last byte; ``when`` it goes on in the middle of them."""
+    host, _, port = door.listener.url.removeprefix("http://").partition(":")
+    loop = asyncio.get_running_loop()
+    with socket.socket() as connection:
+        connection.setblocking(False)
+        await loop.sock_connect(connection, (host, int(port)))
+        await loop.sock_sendall(connection, data[: len(data) // 2])
+        await eventually(when)
+        for start in range(len(data) // 2, len(data), 1024):
+            await loop.sock_sendall(connection, data[start : start + 1024])
+        got = b""
+        while part := await asyncio.wait_for(loop.sock_recv(connection, 65_536), 10):
+            got += part
+        return got
+
+
+async def test_who_is_refused_before_the_body_is_there_reads_the_answer(tmp_path, monkeypatch):
+    """The longest body, and no room for it: all may be sent, then the 503 is read. Control: closed at once, a reset."""
+    data = request(b" " * LONGEST)
+    async with open_door(tmp_path) as door:
+        door.listener._express.parts.budget.take(64 * MIB)
+        refused = door.metrics.requests.labels("/logs", "503")
+        got = await sends_all_then_reads(door, data, lambda: refused._value.get() == 1)
+        assert got.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nConnection: close\r\n" in got
+        await eventually(lambda: door.listener.connections == 0)
+        monkeypatch.setattr(Lane, "feed", _closed_at_once(Lane.feed))
+        with pytest.raises(ConnectionError):
+            await sends_all_then_reads(door, data, lambda: refused._value.get() == 2 and door.listener.connections == 0)
+        door.listener._express.parts.budget.give(64 * MIB)
+
+
+def _closed_at_once(feed):
+    """A lane that does not linger."""
+
+    def fed(self, data):
+        rest = feed(self, data)
+        if self._linger is not None:
+            self._transport.close()
+        return rest
+
+    return fed
+
+
+async def test_stopping_answers_what_was_taken_and_takes_nothing_that_was_pipelined_behind_it(door, monkeypatch):
+    """Two requests in a packet, the first under way when the door is closed: one record, one answer, the end."""
+    appends = counted_appends(door, monkeypatch)
+    goes_on = asyncio.Event()
+    append = door.spool.append
+
+    async def held(*given):
+        await goes_on.wait()
+        return await append(*given)
+
+    monkeypatch.setattr(door.spool, "append", held)
+    async with connected(door) as (reader, writer):
+        writer.write(request(GOOD) + request(GOOD))
+        await eventually(lambda: any(c._lane.busy for c in door.listener._runner.server.connections if c._lane))
+        stopping = asyncio.create_task(door.listener.stop(5))
+        await eventually(lambda: any(c._lane._ending for c in door.listener._runner.server.connections if c._lane))
+        goes_on.set()
+        status, _, _ = await answer(reader)
+        assert status == 202
+        assert await reader.read() == b""
+        await stopping
+    assert appends == [1]
 
 
 @pytest.mark.parametrize(
