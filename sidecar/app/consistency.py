@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 from sidecar.api.consistency import Asked, Wanted
-from sidecar.app.parts import LedgeredStore, spool_name
+from sidecar.app.parts import LedgeredStore, named_apart, spool_name
 from sidecar.app.phases import InForce
 from sidecar.clock import Clock
 from sidecar.consistency import (
@@ -190,7 +190,7 @@ class ConsistencyService:
             self.evidence,
             settings=self._paced,
             due=self._due,
-            lease=lambda seconds: fleet.acquire_lease(_LEASE, instance, seconds),
+            lease=lambda seconds: fleet.acquire_lease(_LEASE, named_apart(instance, spool), seconds),
             finished=self._finished,
             clock=clock,
             by=instance,

@@ -48,6 +48,11 @@ def spool_name(spool: Spool) -> str | None:
     return spool.meta(_NAME)
 
 
+def named_apart(instance: str, spool: Spool) -> str:
+    """The name under which a lease is held: two processes may have been given one ``instance``, never one spool."""
+    return f"{instance}/{spool_name(spool) or ''}"
+
+
 async def drawn_name(spool: Spool, patience: float = 5.0) -> str:
     """That name, drawn where it has none; raises SpoolFailed.
 
