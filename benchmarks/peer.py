@@ -70,3 +70,8 @@ def configuration(directory: Path, *, port: int, postgres: int, table: str) -> P
         _CONFIGURATION.format(storage=storage, port=port, postgres=postgres, database=DATABASE, table=table)
     )
     return file
+
+
+def table(name: str) -> str:
+    """The statement that makes its table where it is missing, as the plugin itself does a moment after its start."""
+    return f"CREATE TABLE IF NOT EXISTS {name} (tag varchar, time timestamp, data jsonb)"

@@ -221,6 +221,7 @@ class Rig:
         if self.peer_program is None:
             raise RuntimeError("the peer's program is missing")
         port = free_port()
+        asyncio.run(self.postgres.execute(peer.DATABASE, peer.table(TABLE)))
         file = peer.configuration(self.scratch, port=port, postgres=self.postgres.port, table=TABLE)
         argv = [self.peer_program, "-c", str(file)]
         child = Child(peer.NAME, argv, self.cores.under_test, self.scratch / "peer.log")

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asyncpg
+
 from benchmarks import ceilings, peer, scenarios
 from benchmarks.cases import CASES, PEER_CASES, SWEEP, Case, Row, measure, run_case
 from benchmarks.processes import REPOSITORY
@@ -100,7 +102,12 @@ def main() -> int:
             print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
             try:
                 results.append(job(rig))
-            except (AssertionError, RuntimeError, TimeoutError) as error:  # a void case must not void the others
+            except (
+                AssertionError,
+                RuntimeError,
+                OSError,
+                asyncpg.PostgresError,
+            ) as error:  # a void case must not void the others
                 voids.append(f"{name}: {error}")
                 for system in list(rig.systems):
                     rig.end(system, signal.SIGKILL)
