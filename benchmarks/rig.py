@@ -159,7 +159,9 @@ class Rig:
 
     def sidecar(self, phase: str = "dual_write", cap: int = 2**30, changes: Json | None = None) -> Sidecar:
         """A fresh sidecar on a fresh spool, ready."""
-        port, ops_port = free_port(), free_port()
+        port = ops_port = free_port()
+        while ops_port == port:  # the kernel may give the same one twice
+            ops_port = free_port()
         spool = self.scratch / "spool"
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(mode=0o700)
