@@ -142,7 +142,7 @@ async def at_rest(*sidecars):
     return found
 
 
-@pytest.mark.timeout(300 + int(SECONDS))
+@pytest.mark.timeout(600 + int(SECONDS))
 async def test_under_load_retries_restarts_and_a_second_sidecar_nothing_is_called_divergent_that_is_not(
     quick_stand, http
 ):
@@ -172,7 +172,7 @@ async def test_under_load_retries_restarts_and_a_second_sidecar_nothing_is_calle
     async def settled():
         return await at_rest(one, two) == {}
 
-    await eventually(clean_again, seconds=60, what=validated(one, two))
+    await eventually(clean_again, seconds=240, what="two clean rounds")  # one takes as long as the machine is busy
     rounds = validated(one, two)
     assert len(rounds) >= 3
     assert [e for e in rounds if e["outcome"] not in ("clean", "undecided")] == []
@@ -188,11 +188,11 @@ async def test_under_load_retries_restarts_and_a_second_sidecar_nothing_is_calle
     async def seen():
         return await at_rest(one, two) == {"missing_in_sql": 1}
 
-    await eventually(seen, seconds=60, what="the lost record")
+    await eventually(seen, seconds=240, what="the lost record")
     told = json.loads(await job(one, "repair", "--start", "2020-01-01", "--why", "lost", "--apply"))
     assert told["repair"]["inserted"] == {"postgres": 1}
 
-    await eventually(settled, seconds=60, what="clean after the repair")
+    await eventually(settled, seconds=240, what="clean after the repair")
     oracle.assert_same(await stand.in_postgres(), await stand.in_dynamodb())
 
 
