@@ -368,7 +368,7 @@ class Lane:
             self._idle = asyncio.get_running_loop().create_future()
             await asyncio.wait((self._idle,), timeout=timeout)
 
-    def _is_idle(self) -> None:
+    def _tell_idle(self) -> None:
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
@@ -376,7 +376,7 @@ class Lane:
         """The answer to what was asked."""
         self._asked = False
         self.task = None
-        self._is_idle()
+        self._tell_idle()
         if self._transport.is_closing():
             return
         self._transport.write(answer)
@@ -393,6 +393,6 @@ class Lane:
         """The connection is gone. What is being committed goes on; its answer has no reader."""
         if self._linger is not None:
             self._linger.cancel()
-        self._is_idle()
+        self._tell_idle()
         self._end_body()
         self._buffer = b""

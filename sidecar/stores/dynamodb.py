@@ -361,11 +361,8 @@ class DynamoDBStore:
             return []
         schedule = self._shards.peek() or await self._shards.current()
         ttl = self._options.ttl_days
-        days = {record.log_timestamp // DAY for record in batch}
-        if len(days) == 1:  # nearly always
-            shards = schedule.shards(days.pop())
-            return [encode_item(record, shards, ttl) for record in batch]
-        return [encode_item(record, schedule.shards(record.log_timestamp // DAY), ttl) for record in batch]
+        shards = {day: schedule.shards(day) for day in {record.log_timestamp // DAY for record in batch}}
+        return [encode_item(record, shards[record.log_timestamp // DAY], ttl) for record in batch]
 
     async def _put(self, item: bytes) -> _Capacity | None:
         """Put an item under an id that is not there, and what it cost; None where the id was there."""

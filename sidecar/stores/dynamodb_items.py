@@ -32,7 +32,6 @@ from typing import Final
 from zlib import crc32
 
 import msgspec
-from msgspec.structs import astuple
 
 from sidecar.record import LogRecord, digest, timestamp_text
 from sidecar.stores.base import Summary
@@ -48,20 +47,19 @@ _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-5
 
 
 @lru_cache(maxsize=4096)
-def _second_text(second: int) -> str:
-    """``2026-11-22T17:24:52.``: the slow part of a timestamp, the same for all records of one second."""
-    return timestamp_text(second * SECOND)[:20]
-
-
-@lru_cache(maxsize=4096)
 def _second_bytes(second: int) -> bytes:
-    return _second_text(second).encode()
+    """``2026-11-22T17:24:52.``: the slow part of a timestamp, the same for all records of one second."""
+    return timestamp_text(second * SECOND)[:20].encode()
+
+
+def _time_bytes(us: int) -> bytes:
+    second, rest = divmod(us, SECOND)
+    return b"%b%06dZ" % (_second_bytes(second), rest)
 
 
 def time_key(us: int) -> str:
     """The same text as ``record.timestamp_text``, quickly."""
-    second, rest = divmod(us, SECOND)
-    return f"{_second_text(second)}{rest:06d}Z"
+    return _time_bytes(us).decode()
 
 
 @lru_cache(maxsize=65_536)
@@ -139,33 +137,18 @@ def expires_at(log_timestamp: int, ttl_days: int) -> int:
 
 def encode_item(record: LogRecord, shards: int, ttl_days: int | None) -> bytes:  # noqa: C901  (the hot path, unrolled)
     """The item as DynamoDB JSON: ``{"log_id":{"S":"..."}, ...}``; ``shards`` is N of the record's UTC day."""
-    (
-        log_id,
-        application_id,
-        log_type,
-        service_name,
-        request_data,
-        response_data,
-        status_code,
-        is_success,
-        error_message,
-        processing_time_ms,
-        log_timestamp,
-        correlation_id,
-        user_id,
-    ) = astuple(record)
-    second, rest = divmod(log_timestamp, SECOND)
-    time = b"%b%06dZ" % (_second_bytes(second), rest)
+    log_id, is_success, log_timestamp = record.log_id, record.is_success, record.log_timestamp
+    time = _time_bytes(log_timestamp)
     day = time[:10]
     identity = log_id.encode()  # canonical: nothing in it needs escaping
-    service = _json(service_name)
-    shard = b"%d" % (crc32(identity) % shards)
+    service = _json(record.service_name)
+    shard = b"%d" % shard_of(log_id, shards)
     # One join of small parts: formatting the same with % costs a fifth more, structs for msgspec as much.
     parts = [
         b'{"log_id":{"S":"',
         identity,
         b'"},"log_type":{"S":',
-        _json(log_type),
+        _json(record.log_type),
         b'},"service_name":{"S":',
         service,
         b'},"log_timestamp":{"S":"',
@@ -184,22 +167,23 @@ def encode_item(record: LogRecord, shards: int, ttl_days: int | None) -> bytes: 
         shard,
         b'"}',
     ]
-    if request_data is not None:
-        parts += (b',"request_data":{"S":', _json(request_data), b"}")
-    if response_data is not None:
-        parts += (b',"response_data":{"S":', _json(response_data), b"}")
-    if error_message is not None:
-        parts += (b',"error_message":{"S":', _json(error_message), b"}")
-    if user_id is not None:
-        parts += (b',"user_id":{"S":', _json(user_id), b"}")
-    if status_code is not None:
-        parts.append(b',"status_code":{"N":"%d"}' % status_code)
-    if processing_time_ms is not None:
-        parts.append(b',"processing_time_ms":{"N":"%d"}' % processing_time_ms)
+    if record.request_data is not None:
+        parts += (b',"request_data":{"S":', _json(record.request_data), b"}")
+    if record.response_data is not None:
+        parts += (b',"response_data":{"S":', _json(record.response_data), b"}")
+    if record.error_message is not None:
+        parts += (b',"error_message":{"S":', _json(record.error_message), b"}")
+    if record.user_id is not None:
+        parts += (b',"user_id":{"S":', _json(record.user_id), b"}")
+    if record.status_code is not None:
+        parts.append(b',"status_code":{"N":"%d"}' % record.status_code)
+    if record.processing_time_ms is not None:
+        parts.append(b',"processing_time_ms":{"N":"%d"}' % record.processing_time_ms)
+    application_id = record.application_id
     if application_id is not None:
         parts.append(b',"application_id":{"N":"%d"},"ga":{"S":"A#%d"}' % (application_id, application_id))
-    if correlation_id is not None:
-        text = _json(correlation_id)
+    if record.correlation_id is not None:
+        text = _json(record.correlation_id)
         parts += (b',"correlation_id":{"S":', text, b'},"gc":{"S":"C#', text[1:], b"}")
     if not is_success:
         parts += (b',"ge":{"S":"E#', day, b"#", shard, b'"}')
